@@ -1,0 +1,22 @@
+"""glmtune: fine-tune, evaluate and use ChatGLM and other chat models. Importing this is light; heavy modules load on first use."""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["Loaded", "Report", "Run", "UserError", "load", "load_run", "train"]
+
+_HOME = {"load": "loaded", "Loaded": "loaded", "train": "training", "Report": "training", "load_run": "run", "Run": "run", "UserError": "errors"}
+
+if TYPE_CHECKING:
+    from .errors import UserError
+    from .loaded import Loaded, load
+    from .run import Run, load_run
+    from .training import Report, train
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'glmtune' has no attribute '{name}'")
+    import importlib
+
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

@@ -1,0 +1,561 @@
+"""Text <-> tokens: the one module that decides what a conversation looks like to the model and which tokens are learned.
+
+Training, chat, prediction and the coloured preview all go through `Template`, so they cannot disagree. Laws (tests/test_chat.py):
+
+- a prompt is a prefix of its training sequence;
+- the stop mark of every learned turn is learned, and nothing but learned turns and their stop marks is;
+- `parse` of a reply gives the turn's text back;
+- user text cannot write a special token;
+- for the model's own format, the ids are those of its published chat template (`Template.differs` counts the rows where not).
+
+A template is a `Scaffold`: a function from turns to `Part`s. Two kinds exist: a `Form` (format strings), and a Jinja
+template cut into parts by rendering it once with sentinels in place of the texts.
+"""
+
+import datetime
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .records import Conversation, Document, Example, Learn, Piece, Turn
+from .run import Form
+
+Message = dict[str, Any]
+
+FORMS: dict[str, Form] = {
+    "plain": Form(),
+    "chatml": Form(
+        system="<|im_start|>system\n{content}<|im_end|>\n",
+        user="<|im_start|>user\n{content}<|im_end|>\n",
+        assistant="<|im_start|>assistant\n{content}{stop}\n",
+        stop="<|im_end|>",
+    ),
+    "alpaca": Form(
+        system="{content}\n\n",
+        user="### Instruction:\n{content}\n\n",
+        assistant="### Response:\n{content}{stop}\n\n",
+    ),
+}
+DEFAULT_SYSTEM = {
+    "alpaca": "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+}
+JOIN = {"alpaca": "\n\n### Input:\n"}  # what stands between instruction and input; elsewhere a newline
+
+
+# --- tokens -------------------------------------------------------------------------------------------------------------
+
+
+class Tokens:
+    """The tokenizer of a folder, without transformers (milliseconds instead of seconds).
+
+    `encode` never yields a special token, whatever the text says.
+    """
+
+    def __init__(self, tokenizer_json: str, config: dict[str, Any], end_ids: Iterable[int] = ()):
+        from tokenizers import Tokenizer
+
+        self.json, self.config = tokenizer_json, config
+        self._raw = Tokenizer.from_str(tokenizer_json)
+        self._raw.encode_special_tokens = True
+        self._raw.no_truncation()
+        self._raw.no_padding()
+        tree = json.loads(tokenizer_json)
+        self.special = {t["content"]: t["id"] for t in tree.get("added_tokens", []) if t["special"]}
+        self.names = {id: name for name, id in self.special.items()}
+        self._inner = self._raw
+        if _prepends_once(tree):  # SentencePiece's leading blank belongs to the first text only
+            self._inner = Tokenizer.from_str(json.dumps(_never_prepend(tree)))
+            self._inner.encode_special_tokens = True
+        self.chat_template: str | None = config.get("chat_template")
+        self.eos_id = self._id("eos_token")
+        self.bos_id = self._id("bos_token")
+        pad = self._id("pad_token")
+        self.pad_id = pad if pad is not None else self.eos_id if self.eos_id is not None else 0
+        self.end_ids = sorted({*end_ids, *([self.eos_id] if self.eos_id is not None else [])})
+
+    @classmethod
+    def open(cls, folder: Path) -> "Tokens":
+        """From `tokenizer.json` and its neighbours. Raises UserError where they are missing or broken."""
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise UserError(f"{folder} holds no tokenizer.json; copy the model's tokenizer files beside its weights")
+        config: dict[str, Any] = {}
+        ends: set[int] = set()
+        try:
+            for name in ("special_tokens_map.json", "tokenizer_config.json"):
+                if (folder / name).is_file():
+                    config |= json.loads((folder / name).read_text(encoding="utf-8"))
+            if (folder / "chat_template.jinja").is_file():
+                config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+            for name in ("config.json", "generation_config.json"):
+                if (folder / name).is_file():
+                    found = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+                    ends |= {found} if isinstance(found, int) else set(found or ())
+        except json.JSONDecodeError as error:
+            raise UserError(f"{folder / name}: not valid JSON ({error}); copy the file again") from None
+        template = config.get("chat_template")
+        if isinstance(template, list):  # several named templates
+            config["chat_template"] = next((t["template"] for t in template if t["name"] == "default"), None)
+        try:
+            return cls(path.read_text(encoding="utf-8"), config, ends)
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise UserError(f"{path}: cannot be read as a tokenizer ({error}); copy the file again") from None
+
+    def _id(self, key: str) -> int | None:
+        value = self.config.get(key)
+        name = value.get("content") if isinstance(value, dict) else value
+        return self._raw.token_to_id(name) if name else None
+
+    def name(self, key: str) -> str:
+        """The text of `bos_token`, `eos_token` ...; empty where there is none."""
+        value = self.config.get(key)
+        return (value.get("content") if isinstance(value, dict) else value) or ""
+
+    def encode(self, text: str, first: bool = True) -> list[int]:
+        """Ids of plain text. `first`: nothing stands before it in the sequence."""
+        return (self._raw if first else self._inner).encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
+        return self._raw.decode(list(ids), skip_special_tokens=not keep_special)
+
+    @cached_property
+    def prefix(self) -> list[int]:
+        """Special tokens that the tokenizer puts in front of every text (`<s>`, `[gMASK]<sop>`)."""
+        with_special = self._raw.encode("a").ids
+        plain = self._raw.encode("a", add_special_tokens=False).ids
+        for start in range(len(with_special)):
+            if with_special[start : start + len(plain)] == plain:
+                return with_special[:start]
+        return []
+
+    @cached_property
+    def vocab_size(self) -> int:
+        return self._raw.get_vocab_size(with_added_tokens=True)
+
+
+def _prepends_once(tree: dict[str, Any]) -> bool:
+    return any(part.get("type") == "Metaspace" and part.get("prepend_scheme") == "first" for part in _pre_tokenizers(tree))
+
+
+def _never_prepend(tree: dict[str, Any]) -> dict[str, Any]:
+    tree = json.loads(json.dumps(tree))
+    for part in _pre_tokenizers(tree):
+        if part.get("type") == "Metaspace":
+            part["prepend_scheme"] = "never"
+    return tree
+
+
+def _pre_tokenizers(tree: dict[str, Any]) -> list[dict[str, Any]]:
+    top = tree.get("pre_tokenizer") or {}
+    return top.get("pretokenizers", [top])
+
+
+# --- scaffolds ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a rendered conversation. kind: scaffold | text | answer | stop; `turn` is the turn's position."""
+
+    kind: str
+    text: str
+    turn: int = -1
+
+
+def form_parts(form: Form, stop: str, prefix: str) -> Callable[[Sequence[Turn], bool], list[Part]]:
+    """Parts from format strings. `stop` is the end mark's text, `prefix` stands in front of the whole (bos)."""
+
+    def parts(turns: Sequence[Turn], open_answer: bool) -> list[Part]:
+        made = [Part("scaffold", prefix)]
+        for i, turn in enumerate(turns):
+            written = {"system": form.system, "user": form.user, "assistant": form.assistant}.get(turn.role)
+            if written is None:
+                raise UserError(f"this chat format has no way to write a '{turn.role}' turn; use a model whose own template has one")
+            before, after = written.split("{content}")
+            made.append(Part("scaffold", before, i))
+            if turn.role != "assistant":
+                made += [Part("text", turn.text, i), Part("scaffold", after, i)]
+                continue
+            gap, _, tail = after.partition("{stop}") if "{stop}" in after else (after, "", "")
+            made += [Part("answer", turn.text, i), Part("stop", gap + stop, i), Part("scaffold", tail, i)]
+        if open_answer:
+            made.append(Part("scaffold", form.assistant.split("{content}")[0]))
+        return made
+
+    return parts
+
+
+def form_jinja(form: Form, stop: str, prefix: str, default_system: str | None) -> str:
+    """The same format as a Jinja chat template, so that other programs render what was trained."""
+
+    def written(text: str) -> str:
+        before, after = text.replace("{stop}", stop).split("{content}")
+        return f"{{{{ {json.dumps(before)} + message['content'] + {json.dumps(after)} }}}}"
+
+    assistant = form.assistant if "{stop}" in form.assistant else form.assistant + "{stop}"
+    header = form.assistant.split("{content}")[0]
+    default = ""
+    if default_system is not None:
+        before, after = form.system.split("{content}")
+        text = json.dumps(before + default_system + after)
+        default = "{% if messages[0]['role'] != 'system' %}{{ " + text + " }}{% endif %}"
+    return (
+        f"{{{{ {json.dumps(prefix)} }}}}{default}"
+        "{% for message in messages %}"
+        f"{{% if message['role'] == 'system' %}}{written(form.system)}"
+        f"{{% elif message['role'] == 'user' %}}{written(form.user)}"
+        f"{{% elif message['role'] == 'assistant' %}}{written(assistant)}"
+        "{% else %}{{ raise_exception('no such role: ' + message['role']) }}{% endif %}"
+        "{% endfor %}"
+        f"{{% if add_generation_prompt %}}{{{{ {json.dumps(header)} }}}}{{% endif %}}"
+    )
+
+
+def jinja_renderer(source: str, variables: dict[str, Any]) -> Callable[..., str]:
+    """`render(messages, add_generation_prompt=False)`: a chat template as transformers renders it, in Jinja's sandbox."""
+    import jinja2
+    import jinja2.ext
+    import jinja2.sandbox
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators=None, sort_keys: bool = False) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    class Generation(jinja2.ext.Extension):
+        """`{% generation %}` marks what the assistant wrote; for rendering it is transparent."""
+
+        tags = {"generation"}  # noqa: RUF012  (Jinja's own convention)
+
+        def parse(self, parser: Any) -> Any:
+            lineno = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.Scope(body, lineno=lineno)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, Generation]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    try:
+        compiled = environment.from_string(source)
+    except jinja2.TemplateError as error:
+        raise UserError(f"the model's chat template is not valid Jinja ({error}); name one: template=chatml") from None
+
+    def render(messages: list[Message], add_generation_prompt: bool = False) -> str:
+        try:
+            return compiled.render(messages=messages, add_generation_prompt=add_generation_prompt, **variables)
+        except (jinja2.TemplateError, TypeError, AttributeError, ValueError) as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise UserError(f"the model's chat template refuses these turns ({roles}): {error}") from None
+
+    return render
+
+
+def jinja_parts(render: Callable[..., str], special: Iterable[str], eos: str) -> Callable[[Sequence[Turn], bool], list[Part]]:
+    """Cuts a Jinja template into parts: it is rendered with sentinels for texts, and what stands between them is scaffold.
+
+    The cut depends on the turns' shape only (roles, empty texts), so it is kept per shape. Raises UserError where a template
+    cannot be cut exactly: it drops or reorders turns, its prompt is not the start of its whole rendering, or an answer has no end mark.
+    """
+    special = sorted((name for name in special if name), key=len, reverse=True)
+    shapes: dict[tuple, list[Part]] = {}
+
+    def sentinel(i: int) -> str:
+        return f"\ue000{i}\ue001"
+
+    def cut(turns: Sequence[Turn], open_answer: bool) -> list[Part]:
+        messages = [{"role": t.role, "content": sentinel(i) if t.text else "", **t.extra} for i, t in enumerate(turns)]
+        full = render(messages, add_generation_prompt=open_answer)
+        made, at = [], 0
+        for i, turn in enumerate(turns):
+            if not turn.text:
+                continue
+            start = full.find(sentinel(i), at)
+            if start < 0 or full.count(sentinel(i)) != 1:
+                raise _uncuttable(f"the text of turn {i + 1} ({turn.role}) does not appear exactly once, in order, in its rendering")
+            if turn.role != "assistant":
+                made += [Part("scaffold", full[at:start]), Part("text", "", i)]
+                at = start + len(sentinel(i))
+                continue
+            prompt = render(messages[:i], add_generation_prompt=True)
+            if not full.startswith(prompt) or not at <= len(prompt) <= start:
+                raise _uncuttable(f"its prompt for turn {i + 1} is not the beginning of the rendered conversation")
+            made += [Part("scaffold", full[at : len(prompt)]), Part("lead", full[len(prompt) : start], i), Part("answer", "", i)]
+            at = start + len(sentinel(i))
+            following = next((full.find(sentinel(j), at) for j in range(i + 1, len(turns)) if turns[j].text), len(full))
+            stop = _first_special(full[at:following], special)
+            if stop is not None:
+                made.append(Part("stop", full[at : at + stop], i))
+                at += stop
+            elif i == len(turns) - 1 and not full[at:].strip() and eos:
+                made.append(Part("stop", eos, i))
+            else:
+                raise _uncuttable(f"no special token ends the answer of turn {i + 1}")
+        return [*made, Part("scaffold", full[at:])]
+
+    def parts(turns: Sequence[Turn], open_answer: bool) -> list[Part]:
+        if any(turn.extra for turn in turns):
+            made = cut(turns, open_answer)
+        else:
+            shape = (open_answer, *((turn.role, bool(turn.text)) for turn in turns))
+            made = shapes.get(shape)
+            if made is None:
+                made = shapes[shape] = cut(turns, open_answer)
+        return [replace(part, text=turns[part.turn].text) if part.kind in ("text", "answer") else part for part in made]
+
+    return parts
+
+
+def _first_special(text: str, special: list[str]) -> int | None:
+    """Where the first special token in `text` ends; None without one."""
+    starts = [(text.find(name), -len(name), name) for name in special if name in text]
+    if not starts:
+        return None
+    start, _, name = min(starts)
+    return start + len(name)
+
+
+def _uncuttable(why: str) -> UserError:
+    return UserError(
+        f"the model's chat template cannot be cut into learned and unlearned parts: {why}.\n"
+        "Choose a format yourself: template=chatml, template=plain, or template={user: ..., assistant: ..., stop: ...}"
+    )
+
+
+# --- the template -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Template:
+    """A chat format bound to a tokenizer. Conversations may be given as `Conversation` or as lists of OpenAI-style messages."""
+
+    name: str
+    tokens: Tokens
+    parts: Callable[[Sequence[Turn], bool], list[Part]]
+    jinja: str  # what the saved folder carries as chat_template
+    stop_ids: list[int]  # generation ends at any of these
+    render: Callable[..., str] | None = None  # the published rendering, to compare with; None for forms
+    default_system: str | None = None
+    learn: Learn = "all"
+    differs: Counter = field(default_factory=Counter)  # rows whose ids differ from the published rendering, by reason
+
+    def turns(self, conversation: "Conversation | Sequence[Message]") -> tuple[Turn, ...]:
+        turns = conversation.turns if isinstance(conversation, Conversation) else tuple(_turn(message) for message in conversation)
+        if self.default_system is not None and turns and turns[0].role != "system":
+            turns = (Turn("system", self.default_system), *turns)
+        return turns
+
+    def pieces(self, conversation: "Conversation | Sequence[Message]", learn: Learn | None = None, open_answer: bool = False) -> list[Piece]:
+        """The generator that decides what is learned: an assistant turn's text and the stop mark that ends it.
+
+        open_answer: end with the header that asks the assistant to write (a prompt).
+        """
+        learn = learn or self.learn
+        turns = self.turns(conversation)
+        parts = self.parts(turns, open_answer)
+        parts = self._as_published(turns, parts, open_answer)
+        last = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
+        made: list[Piece] = []
+        for part in parts:
+            weight = 0.0
+            if part.turn >= 0 and part.kind in ("lead", "answer", "stop"):
+                turn = turns[part.turn]
+                learned = turn.learn if turn.learn is not None else (learn != "last" or part.turn == last)
+                weight = turn.weight if learned else 0.0
+            elif learn == "everything":
+                weight = 1.0
+            if part.kind in ("text", "answer"):
+                made.append(Piece(part.text, weight=weight, joined=not self._starts_answer(part, parts)))
+            else:
+                made += self._scaffold(part, weight, joined=part.kind != "lead")
+        return made
+
+    def _starts_answer(self, part: Part, parts: list[Part]) -> bool:
+        """Whether generation begins at this part: an answer, unless a non-empty lead already began it."""
+        return part.kind == "answer" and not any(other.kind == "lead" and other.turn == part.turn and other.text for other in parts)
+
+    def _scaffold(self, part: Part, weight: float, joined: bool) -> list[Piece]:
+        """Scaffold text with its special tokens as ids."""
+        made, text = [], part.text
+        names = self._special_names
+        while text:
+            found = min(((text.find(name), -len(name), name) for name in names if name in text), default=None)
+            if found is None:
+                made.append(Piece(text, weight=weight, joined=joined))
+                break
+            start, _, name = found
+            if start:
+                made.append(Piece(text[:start], weight=weight, joined=joined))
+            made.append(Piece(name, id=self.tokens.special[name], weight=weight))
+            text, joined = text[start + len(name) :], True
+        return made
+
+    @cached_property
+    def _special_names(self) -> list[str]:
+        return sorted(self.tokens.special, key=len, reverse=True)
+
+    def _as_published(self, turns: Sequence[Turn], parts: list[Part], open_answer: bool) -> list[Part]:
+        """Compares with the published rendering. Where that one trims texts, so do we; other differences are counted."""
+        if self.render is None:
+            return parts
+        messages = [{"role": turn.role, "content": turn.text, **turn.extra} for turn in turns]
+        published = self.render(messages, add_generation_prompt=open_answer)
+        if _same(parts, published):
+            return parts
+        trimmed = [replace(part, text=part.text.strip()) if part.kind in ("text", "answer") else part for part in parts]
+        if _same(trimmed, published):
+            self.differs["blanks around a text trimmed, as the model's own template does"] += 1
+            return trimmed
+        self.differs["the model's own template changes the text (it was left as it is in the data)"] += 1
+        return parts
+
+    def encode(self, conversation: "Conversation | Sequence[Message]", learn: Learn | None = None) -> Example:
+        """One training sequence. A conversation must end with an assistant turn to learn anything."""
+        where = conversation.where if isinstance(conversation, Conversation) else ""
+        scale = conversation.weight if isinstance(conversation, Conversation) else 1.0
+        ids, weights = self._ids(self.pieces(conversation, learn))
+        return align(ids, [weight * scale for weight in weights], where)
+
+    def prompt(self, conversation: "Conversation | Sequence[Message]") -> list[int]:
+        """Ids after which the model writes an answer. A last assistant turn, if there is one, is what is to be answered anew."""
+        turns = self.turns(conversation)
+        if turns and turns[-1].role == "assistant":
+            turns = turns[:-1]
+        return self._ids(self.pieces(Conversation(turns), open_answer=True))[0]
+
+    def _ids(self, pieces: list[Piece]) -> tuple[list[int], list[float]]:
+        """Token ids and, beside each, the weight with which that token itself is learned."""
+        ids: list[int] = []
+        weights: list[float] = []
+        held, held_weight = "", 0.0
+
+        def flush() -> None:
+            nonlocal held
+            if held:
+                made = self.tokens.encode(held, first=not ids)
+                ids.extend(made)
+                weights.extend([held_weight] * len(made))
+                held = ""
+
+        for piece in pieces:
+            if piece.id is not None:
+                flush()
+                ids.append(piece.id)
+                weights.append(piece.weight)
+                continue
+            if not piece.joined or piece.weight != held_weight:
+                flush()
+            held, held_weight = held + piece.text, piece.weight
+        flush()
+        return ids, weights
+
+    def parse(self, ids: Sequence[int]) -> Turn:
+        """The assistant turn that generated ids say: everything before the first stop mark."""
+        ids = list(ids)
+        cut = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
+        text = self.tokens.decode(ids[:cut])
+        lead = self.lead
+        return Turn("assistant", text[len(lead) :] if lead and text.startswith(lead) else text)
+
+    @cached_property
+    def lead(self) -> str:
+        """Text that the template puts between the prompt and an answer (Llama 2: a blank)."""
+        parts = self.parts((Turn("user", "a"), Turn("assistant", "b")), False)
+        return next((part.text for part in parts if part.kind == "lead"), "")
+
+    def show(self, example: Example) -> list[tuple[str, float]]:
+        """(text, weight with which it is learned) of every token, special tokens by name; parts of one character are joined."""
+        weights = [0.0, *example.weights[:-1]]
+        made: list[tuple[str, float]] = []
+        held: list[int] = []
+        for token, weight in zip(example.ids, weights):
+            held.append(token)
+            text = self.tokens.decode(held, keep_special=True)
+            if text.endswith("\ufffd") and len(held) < 6:
+                continue
+            made.append((text, weight))
+            held = []
+        if held:
+            made.append((self.tokens.decode(held, keep_special=True), weights[-1]))
+        return made
+
+
+def align(ids: list[int], weights: list[float], where: str = "") -> Example:
+    """The one place where tokens meet the tokens that must follow them. `weights[i]`: how much token i itself is learned."""
+    return Example(ids, [*ids[1:], ids[-1]] if ids else [], [*weights[1:], 0.0] if ids else [], where)
+
+
+def encode_document(tokens: Tokens, document: Document, max_length: int) -> list[Example]:
+    """Pre-training: every token learned, the end token too. A long document continues in the next sequence; no token is lost:
+    the last token of a sequence still learns the first of the next."""
+    ids = [*tokens.prefix, *tokens.encode(document.text)]
+    if tokens.eos_id is not None:
+        ids.append(tokens.eos_id)
+    whole = align(ids, [document.weight] * len(ids), document.where)
+    cuts = range(0, max(1, len(ids) - 1), max_length)
+    return [
+        Example(whole.ids[i : i + max_length], whole.next_ids[i : i + max_length], whole.weights[i : i + max_length], document.where)
+        for i in cuts
+    ]
+
+
+def _turn(message: Message) -> Turn:
+    known = {"role", "content", "learn", "weight"}
+    return Turn(
+        message["role"],
+        message.get("content") or "",
+        message.get("learn"),
+        message.get("weight", 1.0),
+        {key: value for key, value in message.items() if key not in known},
+    )
+
+
+def _same(parts: list[Part], published: str) -> bool:
+    text = "".join(part.text for part in parts)
+    # A stop mark that the published template leaves out at the very end is ours (GLM-4 ends with its eos token).
+    return text == published or (parts[-1].kind == "scaffold" and not parts[-1].text and text.startswith(published) and len(parts) > 1 and text == published + parts[-2].text)
+
+
+def choose(wanted: "str | Form", tokens: Tokens, learn: Learn = "all") -> Template:
+    """The template that an option names, bound to a tokenizer. Raises UserError when `auto` finds none, or a mark is unknown."""
+    if wanted == "auto":
+        if not tokens.chat_template:
+            raise UserError(
+                f"this model brings no chat format; choose one: template={' | template='.join(FORMS)}\n"
+                "or write your own: template={user: 'Q: {content}\\n', assistant: 'A: {content}{stop}\\n'}"
+            )
+        variables = {key: tokens.name(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        render = jinja_renderer(tokens.chat_template, variables)
+        parts = jinja_parts(render, tokens.special, tokens.name("eos_token"))
+        trial = parts((Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d")), False)
+        stops = {tokens.special[name] for part in trial if part.kind == "stop" for name in tokens.special if part.text.endswith(name)}
+        return Template("auto", tokens, parts, tokens.chat_template, sorted({*stops, *tokens.end_ids}), render, learn=learn)
+    name = wanted if isinstance(wanted, str) else "own"
+    form = FORMS[wanted] if isinstance(wanted, str) else wanted
+    stop = form.stop or tokens.name("eos_token")
+    if not stop:
+        raise UserError("this tokenizer has no end token; name a special token as template.stop")
+    if stop not in tokens.special:
+        raise UserError(
+            f"template {name}: '{stop}' is not a special token of this tokenizer (it has {', '.join(list(tokens.special)[:8]) or 'none'}); "
+            "an answer must end with one. Leave template.stop out to use the tokenizer's end token, or choose template=plain"
+        )
+    prefix = "".join(tokens.names.get(id, "") for id in tokens.prefix)
+    system = DEFAULT_SYSTEM.get(name)
+    return Template(
+        name,
+        tokens,
+        form_parts(form, stop, prefix),
+        form_jinja(form, stop, prefix, system),
+        sorted({tokens.special[stop], *tokens.end_ids}),
+        default_system=system,
+        learn=learn,
+    )

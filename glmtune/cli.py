@@ -1,0 +1,321 @@
+"""The command line. Light on purpose: each command imports what it needs. Exit codes: 0 done, 2 the user can mend it,
+1 our fault (with a traceback), 130 interrupted after saving."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from . import __version__
+from .errors import Interrupted, UserError
+
+app = typer.Typer(
+    name="glmtune", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    help="Fine-tune, evaluate and use chat models (ChatGLM, GLM, Llama, Qwen, SmolLM2 ...) on a laptop CPU or a GPU.",
+    epilog="Start here:  glmtune train model=smollm2-135m-instruct data=train.json out=runs/first",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+data_app = typer.Typer(no_args_is_help=True, help="Look at data before a minute is spent on it.", rich_markup_mode="rich")
+app.add_typer(data_app, name="data")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
+Settings = Annotated[Optional[list[str]], typer.Argument(metavar="[RUN.yaml] [a.b=c ...]", help="A run file and/or settings.", show_default=False)]  # noqa: UP045
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="smollm2-135m-instruct, a folder, a hub id, a run's folder, or its checkpoints/step-N.", show_default=False)]
+Adapter = Annotated[Optional[str], typer.Option(help="An adapter folder (not needed with a run's folder).", show_default=False)]  # noqa: UP045
+Temperature = Annotated[Optional[float], typer.Option(help="0 is greedy; not given: the model's published setting.", show_default=False)]  # noqa: UP045
+TopP = Annotated[Optional[float], typer.Option(help="Nucleus sampling; not given: the model's published setting.", show_default=False)]  # noqa: UP045
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
+
+
+def _run(settings: list[str] | None, **missing: Any) -> Any:
+    from .run import load_run
+
+    settings = list(settings or [])
+    file = settings.pop(0) if settings and "=" not in settings[0] else None
+    return load_run(file, settings, **missing)
+
+
+@app.command(epilog="Example:  glmtune train model=smollm2-135m-instruct data=train.json out=runs/first method.rank=16")
+def train(
+    settings: Settings = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue OUT bit for bit from its newest checkpoint.")] = False,
+    json_: Json = False,
+) -> None:
+    """Train a model. Ctrl-C saves and stops; --resume continues."""
+    run = _run(settings)
+    from .screen import Terminal, print_report
+    from .training import train as start
+
+    screen = Terminal(quiet=json_)
+    try:
+        report = start(run, resume=resume, screen=screen)
+    finally:
+        screen.stop()
+    if json_:
+        found = {"out": str(report.out), "steps": report.steps, "loss": report.loss, "dev_loss": report.dev_loss, "seconds": round(report.seconds, 1), "hits": report.hits}
+        print(json.dumps(found, ensure_ascii=False))
+    else:
+        print_report(report)
+
+
+@app.command(epilog="Example:  glmtune show examples/identity/run.yaml    or    glmtune show model=smollm2-135m-instruct data=train.json")
+def show(
+    settings: Settings = None,
+    sample: Annotated[int, typer.Option(help="Which row to show in full (0 is the first).")] = 0,
+    tokens: Annotated[bool, typer.Option("--tokens", help="List the sample token by token with ids.")] = False,
+    json_: Json = False,
+) -> None:
+    """Everything short of training: resolved run, coloured sample, lengths, trainable parameters, estimate."""
+    run = _run(settings, out="(none)")
+    from . import plan
+
+    made = plan.make(run, lambda text: print(text, file=sys.stderr))
+    if not 0 <= sample < len(made.examples):
+        raise UserError(f"--sample {sample}: there are {len(made.examples)} rows, 0 to {len(made.examples) - 1}")
+    example = made.examples[sample]
+    from . import training
+
+    settings_ = training.resolve(made)
+    need = training.needed_memory(made, settings_)
+    if json_:
+        found = {
+            "run": run.model_dump(mode="json", serialize_as_any=True), "resolved": settings_, "rows": len(made.examples), "dev_rows": len(made.dev),
+            "tokens": sum(made.lengths), "learned_tokens": sum(e.num_learned for e in made.examples), "longest": max(made.lengths),
+            "trainable": made.shape.trainable, "parameters": made.shape.parameters, "memory_gb": round(sum(need.values()) / 1e9, 2),
+            "notes": made.notes, "sample": {"where": example.where, "ids": example.ids, "labels": example.labels},
+        }  # fmt: skip
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    from rich.text import Text
+
+    from . import options, screen
+
+    screen.print_plan(made)
+    if sample or len(example.ids) > 160:
+        screen.console.print(Text(f"row {sample}, {example.where}:", "cyan"))
+        screen.console.print(screen.coloured(made.template, example))
+    if tokens:
+        screen.console.print(screen.token_table(made.template, example))
+    import yaml
+
+    changed = {key: value for key, value in options.plain(run).items() if value != options.plain(type(run)(model="", data=run.data, out="")).get(key)}
+    screen.console.print(Text("options that differ from the defaults:", "cyan"))
+    screen.console.print(Text(yaml.safe_dump(changed, sort_keys=False, allow_unicode=True).rstrip()))
+    screen.console.print(training.settings_line(settings_), markup=False)
+    parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in need.items())
+    screen.console.print(f"estimated memory {sum(need.values()) / 1e9:.1f} GB ({parts})", markup=False)
+
+
+@app.command(epilog="Example:  glmtune predict runs/first questions.json --out answers.jsonl --columns prompt=question,response=answer")
+def predict(
+    model: Model,
+    data: Annotated[list[str], typer.Argument(metavar="DATA...", help="Files of rows; answers are not needed.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="JSONL file to write: each row's own keys plus \"prediction\".", show_default=False)],
+    adapter: Adapter = None,
+    columns: Annotated[Optional[str], typer.Option(help="Which key holds what: prompt=question,response=answer", show_default=False)] = None,  # noqa: UP045
+    format: Annotated[Optional[str], typer.Option(help="The rows' form, if their keys do not show it.", show_default=False)] = None,  # noqa: UP045
+    system: Annotated[Optional[str], typer.Option(help="System prompt; not given: the run's own.", show_default=False)] = None,  # noqa: UP045
+    max_samples: Annotated[Optional[int], typer.Option(min=1, help="Only the first n rows of each file.", show_default=False)] = None,  # noqa: UP045
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows answered at once.")] = 16,
+    device: Device = "auto",
+) -> None:
+    """Answer every row of a file, in order. Interrupted, the same command continues."""
+    from . import families
+    from .generate import Sampling
+    from .run import Source
+
+    sampling = Sampling(temperature, top_p, max_new_tokens, seed)
+    sources = [Source(path=path, format=format, columns=_columns(columns), max_samples=max_samples, system=system) for path in data]
+    place = families.locate(model, adapter, _say)
+    from . import data as data_module
+    from .predict import predict as start, questions
+
+    if out.exists():
+        raise UserError(f"{out} exists already and is never overwritten; choose another --out, or remove it")
+    data_module.load(sources, want="prompts", system=place.system)  # bad rows are told before the model loads
+    from .loaded import load
+    from .screen import Terminal
+
+    loaded = load(model, device=device, adapter=adapter, say=_say)
+    rows, notes = questions(sources, loaded)
+    for note in notes:
+        _say(note)
+    screen = Terminal()
+    try:
+        start(loaded, rows, out, sampling, batch_size, screen.asking("answers", len(rows)))
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped; answers so far are kept in {out}.part, the same command continues") from None
+    finally:
+        screen.stop()
+    print(f"{len(rows)} answers in {out}")
+
+
+def _columns(text: str | None) -> dict[str, str] | None:
+    if text is None:
+        return None
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(equals and key and value for key, equals, value in pairs):
+        raise UserError(f"--columns {text}: wanted pairs like prompt=question,response=answer")
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+@app.command(epilog="Example:  glmtune chat runs/first    or    glmtune chat runs/first --prompt 'Who are you?'")
+def chat(
+    model: Model,
+    adapter: Adapter = None,
+    prompt: Annotated[Optional[str], typer.Option(help="Answer this once and exit.", show_default=False)] = None,  # noqa: UP045
+    system: Annotated[Optional[str], typer.Option(help="System prompt; not given: the run's own, else the model's default.", show_default=False)] = None,  # noqa: UP045
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    seed: Annotated[Optional[int], typer.Option(help="Of sampling; not given: new every time.", show_default=False)] = None,  # noqa: UP045
+    device: Device = "auto",
+) -> None:
+    """Talk to a model, or in a pipe answer each line."""
+    from .generate import Sampling
+
+    given = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed}
+    sampling = {key: value for key, value in given.items() if value is not None}
+    Sampling(**sampling)  # refuses bad values before the model loads
+    from . import repl
+    from .loaded import load
+
+    loaded = load(model, device=device, adapter=adapter, say=_say)
+    talk = repl.Chat(loaded, sampling, system if system is not None else loaded.system)
+    if prompt is not None:
+        talk.reply(prompt)
+    else:
+        repl.run(talk)
+
+
+@app.command(epilog="Example:  glmtune doctor    or    glmtune doctor smollm2-135m-instruct")
+def doctor(model: Annotated[Optional[str], typer.Argument(metavar="[MODEL]", show_default=False)] = None, json_: Json = False) -> None:  # noqa: UP045
+    """What this machine can do; with MODEL, what that folder is and how it would be used."""
+    from . import doctor as findings
+
+    found = findings.model(model, _say) if model else findings.machine()
+    if json_:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    for key, value in found.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k} {v}" for k, v in value.items())
+        print(f"{key}: {'; '.join(value) or 'none' if isinstance(value, list) else value}")
+
+
+@app.command(epilog="Example:  glmtune options method.lora")
+def options(name: Annotated[str, typer.Argument(metavar="[NAME]", help="Only options whose name starts so.")] = "", json_: Json = False) -> None:
+    """Every option of a run file, from its declaration."""
+    from .errors import did_you_mean
+    from .options import document
+    from .run import Run
+
+    rows = list(document(Run))
+    chosen = [row for row in rows if row[0] == name or not name or row[0].startswith((name + ".", name + "["))]
+    if not chosen:
+        raise UserError(f"there is no option '{name}'{did_you_mean(name, [row[0] for row in rows])}")
+    if json_:
+        print(json.dumps([dict(zip(("name", "type", "default", "description"), row)) for row in chosen], ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("option", "type", "default", "meaning", box=None, header_style="bold", padding=(0, 1))
+    for row in chosen:
+        table.add_row(*(cell.replace("[", "\\[") for cell in map(repr_newlines, row)))
+    Console(highlight=False).print(table)
+
+
+def repr_newlines(text: str) -> str:
+    return text.replace("\n", "\\n")
+
+
+@data_app.command("check", epilog="Example:  glmtune data check train.json --model smollm2-135m-instruct --fix clean.json")
+def data_check(
+    files: Annotated[list[str], typer.Argument(metavar="FILES...", show_default=False)],
+    model: Annotated[Optional[str], typer.Option(help="Count tokens with this model's template.", show_default=False)] = None,  # noqa: UP045
+    max_length: Annotated[int, typer.Option(min=1, help="Longest row, in tokens (with --model).")] = 1024,
+    columns: Annotated[Optional[str], typer.Option(help="Which key holds what: prompt=question,response=answer", show_default=False)] = None,  # noqa: UP045
+    format: Annotated[Optional[str], typer.Option(help="The rows' form, if their keys do not show it.", show_default=False)] = None,  # noqa: UP045
+    fix: Annotated[Optional[Path], typer.Option(help="Write the clean rows here, and what was removed to FIX.removed.jsonl.", show_default=False)] = None,  # noqa: UP045
+    json_: Json = False,
+) -> None:
+    """Find every malformed row by file and line. Exit code 2 when there are errors."""
+    from . import check
+
+    encode = None
+    if model is not None:
+        from . import families
+
+        template = families.open_template(families.locate(model, None, _say).base)
+
+        def encode(conversation: Any) -> int:
+            return len(template.encode(conversation).ids)
+
+    found = check.check(files, encode=encode, max_length=max_length, columns=_columns(columns), format=format)
+    errors = sum(problem["level"] == "error" for problem in found["problems"])
+    if json_:
+        print(json.dumps(found, ensure_ascii=False))
+    else:
+        for problem in found["problems"]:
+            print(f"{problem['file']}:{problem['line']}: {problem['level']}: {problem['message']} [{problem['kind']}]")
+        for note in found["notes"]:
+            print(note)
+        print(f"{found['rows']} rows, {errors} errors, {len(found['problems']) - errors} warnings")
+    if fix is not None:
+        said = check.fix(files, fix, columns=_columns(columns), format=format)
+        print(said if isinstance(said, str) else json.dumps(said), file=sys.stderr if json_ else sys.stdout)
+    elif errors:
+        raise typer.Exit(2)
+
+
+def version(show_it: bool) -> None:
+    if show_it:
+        print(f"glmtune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def top(version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")] = False) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a command and turns what happened into an exit code."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        app(args=arguments, prog_name="glmtune")
+    except UserError as error:
+        _fail(str(error))
+        sys.exit(2)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        print(f"\nThis is a defect of glmtune {__version__}, not of your input. Please report the lines above.", file=sys.stderr)
+        sys.exit(1)
+
+
+def _fail(message: str) -> None:
+    red, plain = ("\033[1;31m", "\033[0m") if sys.stderr.isatty() else ("", "")
+    print(f"{red}error:{plain} {message}", file=sys.stderr)

@@ -1,0 +1,110 @@
+"""What this machine can do, and what a model folder is."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from . import __version__, families
+from .families import smollm2
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "pydantic", "peft", "bitsandbytes", "gradio", "fastapi", "tensorboard")
+
+
+def machine() -> dict[str, Any]:
+    """Versions, processor, memory, disk and cards, with advice where something is in the way."""
+    import psutil
+    import torch
+
+    cpu = torch.device("cpu")
+    found: dict[str, Any] = {
+        "glmtune": __version__,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "processor": f"{platform.machine()}, {psutil.cpu_count(logical=False)} cores, torch uses {torch.get_num_threads()} threads",
+        "bf16 on the processor": "fast (by its flags)" if families.fast_bf16(cpu) else "slow or absent (by its flags): fp32 is used",
+        "memory": f"{psutil.virtual_memory().total / 1e9:.1f} GB, {psutil.virtual_memory().available / 1e9:.1f} GB free",
+        "cards": cards(),
+        "cache": _cache(),
+        "embedded model": "ready" if (smollm2.cache_root() / smollm2.NAME).is_dir() else "comes at first use (93 MB download)",
+    }
+    reason = why_no_card()
+    if reason:
+        found["why torch sees no card"] = reason
+    return found
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def cards() -> list[str]:
+    import torch
+
+    found = []
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        free = torch.cuda.mem_get_info(i)[0]
+        bf16 = "bf16" if properties.major >= 8 else "no fast bf16: fp32 is used"
+        found.append(f"cuda:{i} {properties.name}, {properties.total_memory / 1e9:.1f} GB, {free / 1e9:.1f} GB free, {bf16}")
+    if torch.backends.mps.is_available():
+        found.append("mps (Apple GPU)")
+    return found
+
+
+def why_no_card() -> str | None:
+    """Why torch cannot use an NVIDIA card; None where it can."""
+    import torch
+
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        return None
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None and hidden.strip() in ("", "-1"):
+        return f"CUDA_VISIBLE_DEVICES={hidden!r} hides every card; unset it"
+    driver = shutil.which("nvidia-smi")
+    listed = ""
+    if driver:
+        done = subprocess.run([driver, "-L"], capture_output=True, text=True, timeout=20)
+        listed = done.stdout.strip() if done.returncode == 0 else ""
+    if not listed:
+        return "no NVIDIA driver was found (nvidia-smi lists no card); training runs on the processor"
+    if torch.version.cuda is None:
+        return f"there is a card ({listed.splitlines()[0]}), but this torch is a CPU build; the README's CUDA line installs the other one"
+    return f"there is a card ({listed.splitlines()[0]}), but the driver is too old for CUDA {torch.version.cuda}; update the driver"
+
+
+def _cache() -> str:
+    root = smollm2.cache_root()
+    place = next(p for p in (root, *root.absolute().parents) if p.exists())
+    return f"{root}, {shutil.disk_usage(place).free / 1e9:.1f} GB free"
+
+
+def model(name: str | Path, say=lambda text: None) -> dict[str, Any]:
+    """What MODEL is and how it would be used, without loading it."""
+    place = families.locate(name, None, say)
+    config = families.config_of(place.base)
+    shapes = families.tensor_shapes(place.base)
+    parameters = families.num_parameters(place.base)
+    template = families.open_template(place.adapter if place.adapter and (place.adapter / "tokenizer.json").is_file() else place.base, place.template)
+    tokens = template.tokens
+    return {
+        "model": place.name,
+        "base folder": str(place.base),
+        "adapter": str(place.adapter) if place.adapter else "none",
+        "model_type": config.get("model_type"),
+        "class": (config.get("architectures") or ["?"])[0],
+        "parameters": f"{parameters / 1e6:.1f} M in {len(shapes)} tensors; {parameters * 2 / 1e9:.2f} GB in bf16, {parameters * 4 / 1e9:.2f} GB in fp32",
+        "stored as": config.get("dtype") or config.get("torch_dtype"),
+        "reads at most": f"{config.get('max_position_embeddings', '?')} tokens",
+        "chat format": template.name,
+        "an answer ends at": ", ".join(tokens.names.get(i, str(i)) for i in template.stop_ids),
+        "special tokens": ", ".join(f"{n} {i}" for n, i in list(tokens.special.items())[:12]),
+        "LoRA targets": ", ".join(sorted({n.split(".")[-1] for n in families.linear_names(place.base)})),
+        "system prompt": place.system if place.system is not None else "the model's own default",
+    }

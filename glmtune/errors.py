@@ -1,0 +1,21 @@
+"""Errors that the user can mend. The command line prints their message and exits with 2."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something the user can mend: an option, a row, a path, a missing extra.
+
+    The message says what came, what was wanted and what to do; it is shown without a traceback.
+    """
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, after a checkpoint was written (exit code 130). The message says where."""
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'rank'?"` for a near miss, else an empty string."""
+    near = difflib.get_close_matches(str(given), list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{near[0]}'?" if near else ""

@@ -1,0 +1,62 @@
+"""From a micro-batch to its loss: the model's own modules, or the fused path where the model has the common block shape.
+
+Both compute the same function (tests/test_fused.py); which one runs follows from the model and the options, never from timing.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import fused, losses
+from .batch import Batch
+from .methods import noise_of
+
+
+def choose_path(model: Any, method: str, dropout: float, device: torch.device) -> tuple[str, str]:
+    """("fused" | "modules", why)."""
+    if method != "lora":
+        return "modules", "every weight is trained"
+    if dropout:
+        return "modules", "dropout is on"
+    if device.type != "cpu":
+        return "modules", "the model runs on a GPU"
+    reason = fused.unsupported(model)
+    return ("modules", reason) if reason else ("fused", "a Llama-shaped model with LoRA on the CPU")
+
+
+class Forward:
+    """Runs micro-batches through a model. `concatenated`: how it wants them collated."""
+
+    def __init__(self, model: Any, path: str, compile: bool = False):
+        self.model, self.path, self.compile = model, path, compile
+        self.concatenated = path == "fused"
+        self.device = model.get_input_embeddings().weight.device
+        self.head = model.get_output_embeddings()
+        self.noise = noise_of(model)
+        self.plain_head = path == "fused" or self._head_is_plain()
+
+    def nll(self, batch: Batch) -> Tensor:
+        """sum over learned positions of weight * -log p(next token), fp32 scalar."""
+        targets, weights = batch.targets.to(self.device), batch.weights.to(self.device)
+        if self.path == "fused":
+            hidden = fused.hidden_states(self.model, batch.ids[0], batch.lengths, compile=self.compile)
+            return fused.learned_nll(hidden[batch.learned], self.head.weight, targets, weights, compile=self.compile)
+        ids, mask = batch.ids.to(self.device), batch.mask.to(self.device)
+        if self.noise is not None:
+            self.noise.spans = [(row, index, 0, length) for index, (row, length) in enumerate(zip(batch.rows, batch.lengths))]
+        learned = batch.learned.to(self.device)
+        if self.plain_head:
+            hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            return losses.nll(hidden.flatten(0, 1)[learned], self.head.weight, targets, weights)
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        return losses.nll_of_logits(logits.flatten(0, 1)[learned], targets, weights)
+
+    @torch.no_grad()
+    def _head_is_plain(self) -> bool:
+        """Whether logits are exactly hidden @ head^T (no scale, cap or bias), so that the head can run at learned positions only."""
+        ids = torch.arange(4, device=self.device).unsqueeze(0) % self.head.weight.shape[0]
+        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        if self.head.bias is not None:
+            return False
+        return torch.equal(self.model(input_ids=ids, use_cache=False).logits, self.head(hidden))

@@ -1,0 +1,68 @@
+"""A model ready to use: base, adapter, tokenizer and template together."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import families, methods
+from .chat import Template
+from .errors import UserError
+from .generate import Sampling, published_settings, stream
+
+
+@dataclass
+class Loaded:
+    """A model ready to use. `targets` are the names that LoRA can adapt."""
+
+    model: Any
+    tokenizer: Any
+    template: Template
+    targets: list[str]
+    system: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)  # the model's own published sampling settings
+
+    def chat(self, messages: str | Sequence[dict[str, Any]], **sampling: Any) -> str:
+        """The answer to a question or to OpenAI-style messages. sampling: temperature, top_p, max_new_tokens, seed."""
+        return "".join(self.stream(messages, **sampling))
+
+    def stream(self, messages: str | Sequence[dict[str, Any]], **sampling: Any) -> Iterator[str]:
+        """The same, piece by piece."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        if self.system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system}, *messages]
+        yield from stream(self.model, self.template, messages, Sampling(**{**self.settings, **sampling}))
+
+
+def load(
+    path_or_id: str | Path, *, dtype: Any = "auto", device: Any = "auto", quant: None = None, adapter: str | Path | None = None, say=lambda text: None
+) -> Loaded:
+    """A model with tokenizer, template and (from a run's folder, or `adapter`) what was trained.
+
+    path_or_id: the built-in model's name, a folder, a hub id, a run's folder or a checkpoint. dtype "auto": fp32 on the CPU where
+    it fits in a third of the memory (adapters then lose nothing), else bf16.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    if quant is not None:
+        raise UserError(f"quant: '{quant}' is not available")
+    place = families.locate(path_or_id, adapter, say)
+    target = families.pick_device(device) if isinstance(device, str) else device
+    if dtype == "auto":
+        import psutil
+
+        roomy = target.type == "cpu" and families.num_parameters(place.base) * 4 < psutil.virtual_memory().total / 3
+        dtype = torch.float32 if roomy or not families.fast_bf16(target) else torch.bfloat16
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(dtype, dtype)
+    template = families.open_template(place.base if place.adapter is None or not (place.adapter / "tokenizer.json").is_file() else place.adapter, place.template)
+    model = families.load_model(place.base, dtype=dtype, device=target)
+    methods.prepare(model, dtype)
+    if place.adapter is not None:
+        methods.load(model, place.adapter)
+    targets = sorted({name.split(".")[-1] for name in methods.blocks(model)})
+    tokenizer = AutoTokenizer.from_pretrained(place.base)
+    if template.jinja:
+        tokenizer.chat_template = template.jinja
+    return Loaded(model, tokenizer, template, targets, place.system, published_settings(place.base))

@@ -1,0 +1,276 @@
+"""Strict, typed options: YAML and command-line overrides -> pydantic models. Knows no option by name.
+
+Errors are collected, name the option by its dotted path, say what came and what was wanted, and guess what was meant.
+"""
+
+import re
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .errors import UserError, did_you_mean
+
+
+class Options(BaseModel):
+    """Base of every group of options: unknown names and wrong types are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Choice:
+    """Marks a field that is one of several groups, told apart by `kind`: `Annotated[Options, Choice(registry)]`.
+
+    The registry is a plain dict, so that a kind can be added from outside. A bare string stands for `{kind: string}`.
+    """
+
+    def __init__(self, registry: dict[str, type[Options]]):
+        self.registry = registry
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `2e-4` as a string; everybody who writes it means a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """A run file as a tree. Raises UserError with file, line and column."""
+    path = Path(path)
+    if not path.is_file():
+        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
+        raise UserError(f"there is no run file {path}{near}")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise UserError(f"{path}{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a run file holds `name: value` lines; this one is a {type(tree).__name__}")
+    return tree
+
+
+def override(tree: dict[str, Any], setting: str) -> None:
+    """Applies one `a.b=c` of the command line to a tree, in place. The value is read as YAML."""
+    path, equals, text = setting.partition("=")
+    if not equals or not path:
+        raise UserError(f"'{setting}' is neither a run file nor a setting; settings look like optim.lr=1e-4")
+    try:
+        value = yaml.load(text, _Loader) if text else ""
+    except yaml.YAMLError:
+        value = text
+    *parents, last = path.split(".")
+    node: Any = tree
+    for depth, key in enumerate(parents):
+        if isinstance(node, list):
+            node = _item(node, key, setting)
+            continue
+        child = node.get(key)
+        if isinstance(child, str):  # `method: lora` and then method.rank=4
+            child = {"kind": child}
+        if child is None:
+            child = {}
+        if not isinstance(child, dict | list):
+            raise UserError(f"'{setting}': {'.'.join(parents[: depth + 1])} is {child!r}, which has no options inside")
+        node[key] = child
+        node = child
+    if isinstance(node, list):
+        _item(node, last, setting)
+        node[int(last)] = value
+    else:
+        # A bare kind given for a group that is already written out replaces the kind and drops options of the other kind.
+        node[last] = value
+
+
+def _item(node: list, key: str, setting: str) -> Any:
+    if not key.isdigit() or int(key) >= len(node):
+        raise UserError(f"'{setting}': '{key}' is not a position in a list of {len(node)}")
+    return node[int(key)]
+
+
+def build(model: type[Options], tree: dict[str, Any], source: str = "") -> Any:
+    """The typed options of a tree, or one UserError that lists everything that is wrong with it (at most three lines)."""
+    problems: list[str] = []
+    made = _build(model, tree, (), problems)
+    if problems:
+        head = f"{source}: " if source else ""
+        more = f"\nand {len(problems) - 2} more problems" if len(problems) > 2 else ""
+        raise UserError(head + "\n".join(problems[:2]) + more)
+    return made
+
+
+def _build(model: type[Options], tree: Any, path: tuple[str, ...], problems: list[str]) -> Any:
+    if isinstance(tree, model):
+        return tree
+    name = ".".join(path)
+    if not isinstance(tree, dict):
+        problems.append(f"{name}: wanted a group of options ({', '.join(model.model_fields)}), got {tree!r}")
+        return None
+    values, before = {}, len(problems)
+    for key, value in tree.items():
+        here = (*path, str(key))
+        field = model.model_fields.get(key)
+        if field is None:
+            problems.append(f"unknown option '{'.'.join(here)}'{did_you_mean(key, model.model_fields) or _known(model)}")
+            continue
+        values[key] = _value(field.annotation, field.metadata, value, here, problems)
+    if len(problems) > before:
+        return None
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        seen: set[tuple] = set()
+        for item in error.errors():
+            if (item["loc"][:1]) not in seen:  # a union reports one error per member; the first is the closest
+                problems.append(_explain(item, path))
+            seen.add(item["loc"][:1])
+        return None
+
+
+def _value(annotation: Any, metadata: list, value: Any, here: tuple[str, ...], problems: list[str]) -> Any:
+    """Turns groups and lists of groups into models first, so that their errors carry the whole path."""
+    if get_origin(annotation) is Annotated:
+        annotation, *metadata = get_args(annotation)
+    for mark in metadata:
+        if isinstance(mark, Choice):
+            return _choose(mark.registry, value, here, problems)
+    if _is_group(annotation) and not isinstance(value, Options):
+        return _build(annotation, value, here, problems)
+    if get_origin(annotation) is list and isinstance(value, list):
+        inner = get_args(annotation)[0]
+        return [_value(inner, [], item, (*here, str(i)), problems) for i, item in enumerate(value)]
+    if get_origin(annotation) in (Union, types.UnionType) and isinstance(value, dict | list):
+        for option in get_args(annotation):
+            if (_is_group(option) and isinstance(value, dict)) or (get_origin(option) is list and isinstance(value, list)):
+                return _value(option, [], value, here, problems)
+    return value
+
+
+def _is_group(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Options)
+
+
+def _choose(registry: dict[str, type[Options]], value: Any, here: tuple[str, ...], problems: list[str]) -> Any:
+    if isinstance(value, Options):
+        return value
+    if isinstance(value, str):
+        value = {"kind": value}
+    name = ".".join(here)
+    if not isinstance(value, dict) or not isinstance(value.get("kind", ""), str):
+        problems.append(f"{name}: wanted one of {', '.join(registry)}, or a group with `kind:`; got {value!r}")
+        return None
+    kind = value.get("kind", next(iter(registry)))
+    if kind not in registry:
+        problems.append(f"{name}.kind: '{kind}' is not one of {', '.join(registry)}{did_you_mean(kind, registry)}")
+        return None
+    foreign = {k for k in value if k != "kind" and k not in registry[kind].model_fields}
+    for key in sorted(foreign):
+        owners = [other for other, model in registry.items() if key in model.model_fields]
+        if owners:
+            problems.append(f"option '{name}.{key}' belongs to kind {' or '.join(owners)}; the kind here is '{kind}'")
+            return None
+    return _build(registry[kind], {**value, "kind": kind}, here, problems)
+
+
+def _explain(item: Any, path: tuple[str, ...]) -> str:
+    """One pydantic error in words: option, what came, what was wanted."""
+    inner = [str(part) for part in item["loc"] if not str(part).startswith(("function-", "list[", "literal["))]
+    name = ".".join((*path, *[part for part in inner if part not in ("str", "int", "float", "bool", "dict")]))
+    came = item["input"]
+    if item["type"] == "missing":
+        return f"'{name}' is missing" if name else "a required option is missing"
+    if item["type"] == "literal_error":
+        expected = str(item["ctx"]["expected"])
+        known = re.findall(r"'([^']*)'", expected)
+        return f"{name}: '{came}' is not one of {', '.join(known)}{did_you_mean(str(came), known)}"
+    if item["type"] == "value_error":
+        return f"{name}: {item['ctx']['error']}" if name else str(item["ctx"]["error"])
+    wanted = item["msg"].removeprefix("Input should be ")
+    return f"{name}: wanted {wanted}, got {came!r} ({type(came).__name__})"
+
+
+def _known(model: type[Options]) -> str:
+    return f"; known here: {', '.join(model.model_fields)}"
+
+
+def plain(options: Options) -> dict[str, Any]:
+    """Options as a tree of plain values, as written to run.yaml."""
+    return options.model_dump(mode="json", serialize_as_any=True)
+
+
+def write(options: Options, path: str | Path, header: str = "") -> None:
+    text = yaml.safe_dump(plain(options), sort_keys=False, allow_unicode=True, width=120)
+    Path(path).write_text(header + text, encoding="utf-8")
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> Iterator[str]:
+    """Dotted names of the options whose values differ between two trees, with both values."""
+    for key in [*old, *[key for key in new if key not in old]]:
+        a, b, name = old.get(key), new.get(key), f"{path}{key}"
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from differences(a, b, name + ".")
+        elif a != b:
+            yield f"{name} ({a!r} there, {b!r} now)"
+
+
+def document(model: type[Options], path: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """(dotted name, type, default, description) of every option, from its declaration."""
+    for name, field in model.model_fields.items():
+        here, annotation = f"{path}{name}", field.annotation
+        default = "required" if field.is_required() else _show(field.get_default(call_default_factory=True))
+        registry = next((mark.registry for mark in field.metadata if isinstance(mark, Choice)), None)
+        if registry:
+            yield here, " | ".join(registry), default, field.description or ""
+            for kind, group in registry.items():
+                yield from ((n.replace(f"{here}.", f"{here}.{kind}.", 1), *r) for n, *r in document(group, here + ".") if not n.endswith(".kind"))
+            continue
+        inner = _inner_group(annotation)
+        if inner is None:
+            yield here, _type_name(annotation), default, field.description or ""
+        elif _is_group(annotation):
+            yield from document(inner, here + ".")
+        else:
+            yield here, _type_name(annotation), default, field.description or ""
+            yield from document(inner, here + "[].")
+
+
+def _inner_group(annotation: Any) -> Any:
+    if _is_group(annotation):
+        return annotation
+    return next((found for arg in get_args(annotation) if (found := _inner_group(arg)) is not None), None)
+
+
+def _type_name(annotation: Any) -> str:
+    if annotation is type(None):
+        return "null"
+    if get_origin(annotation) is Annotated:
+        return _type_name(get_args(annotation)[0])
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " | ".join(str(arg) for arg in args)
+    if origin in (Union, types.UnionType):
+        return " | ".join(_type_name(arg) for arg in args)
+    if origin is list:
+        return f"list of {_type_name(args[0])}"
+    if origin is dict:
+        return f"map of {_type_name(args[0])} to {_type_name(args[1])}"
+    if _is_group(annotation):
+        return "group"
+    return {"str": "text", "int": "integer", "float": "number", "bool": "true | false"}.get(annotation.__name__, annotation.__name__)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, Options):
+        return str(getattr(value, "kind", ""))
+    return {"None": "null", "True": "true", "False": "false"}.get(repr(value), str(value))
+
+

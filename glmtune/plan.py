@@ -1,0 +1,133 @@
+"""Everything short of training: a run's rows, template, sequences, targets and needs, checked before a model is loaded.
+
+Needs no torch, so that a wrong run fails in a second. `glmtune show` prints a plan; `glmtune train` carries it out.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from . import data, estimate, families
+from .chat import JOIN, Template
+from .records import Conversation, Example
+from .run import DEFAULT_LR, Run, Source
+from .stages import STAGES, Encoded, Limits
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row of a probe: asked before and after training."""
+
+    set: str
+    prompt: str  # the last user turn, for people
+    ids: list[int]
+    contains: list[str] | None
+    wanted: bool | None
+
+
+@dataclass
+class Plan:
+    run: Run
+    folder: Path  # of the base model
+    template: Template
+    examples: list[Example]
+    dev: list[Example]
+    questions: list[Question]
+    targets: list[str]  # layers that get LoRA; empty for full tuning
+    shape: estimate.Shape
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(example.ids) for example in self.examples]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the sequences that are learned: a resumed run must meet the same ones."""
+        digest = hashlib.blake2b(digest_size=16)
+        for example in self.examples:
+            digest.update(repr((example.ids, example.weights)).encode())
+        return digest.hexdigest()
+
+
+def make(run: Run, say: Callable[[str], None] = lambda text: None) -> Plan:
+    """Reads and checks everything a run names. say: told about downloads. Raises UserError."""
+    stage = STAGES[run.stage.kind]
+    join = run.join if run.join is not None else JOIN.get(str(run.template), "\n")
+    reading: dict[str, Any] = {"system": run.system, "variables": run.variables, "join": join}
+    loaded = data.load(run.data, want=stage.want, **reading)
+    folder = families.resolve(run.model, say)
+    shapes = families.tensor_shapes(folder)
+    template = families.open_template(folder, run.template, learn=getattr(run.stage, "learn", "all"))
+    targets = families.pick_targets(run.method.targets, families.linear_names(folder)) if run.method.kind == "lora" else []
+    limits = Limits(run.max_length, run.too_long)
+    rows, dev_rows, notes = loaded.rows, [], list(loaded.notes)
+    if run.eval.data:
+        dev = data.load(run.eval.data, want=stage.want, **{**reading, "variables": _used(run, run.eval.data, reading)})
+        dev_rows = dev.rows
+        notes += [f"dev: {note}" for note in dev.notes]
+    elif run.eval.share:
+        rows, dev_rows = data.split(rows, run.eval.share)
+        notes.append(f"dev: {len(dev_rows)} of {len(loaded.rows)} rows, chosen by their content (eval.share {run.eval.share})")
+    train = stage.encode(template, rows, limits)
+    dev = _dev(stage.encode, template, dev_rows, limits)
+    notes += [f"{count} {reason}" for reason, count in (train.counts + dev.counts).items()]
+    notes += _learning_rate(run)
+    parameters = families.num_parameters(folder)
+    trainable = estimate.lora_parameters(shapes, targets, run.method.rank) if targets else parameters
+    return Plan(
+        run, folder, template, train.examples, dev.examples, _questions(run, template, rows, reading), targets,
+        estimate.Shape.of(families.config_of(folder), parameters, trainable), notes,
+    )  # fmt: skip
+
+
+def _dev(encode: Callable[..., Encoded], template: Template, rows: Sequence[Any], limits: Limits) -> Encoded:
+    template.differs.clear()
+    if not rows:
+        return Encoded()
+    made = encode(template, rows, limits)
+    return Encoded(made.examples, Counter({f"dev {reason}": count for reason, count in made.counts.items()}))
+
+
+def _learning_rate(run: Run) -> list[str]:
+    usual, given = DEFAULT_LR[run.method.kind], run.optim.lr
+    if given is None:
+        return [f"learning rate {usual:g}, the default of method {run.method.kind}"]
+    if not usual / 10 < given < usual * 10:
+        return [f"warning: optim.lr={given:g} is {'above' if given > usual else 'below'} the usual {usual:g} of method {run.method.kind} by ten times or more"]
+    return []
+
+
+def _used(run: Run, sources: Sequence[Any], reading: dict[str, Any]) -> dict[str, str]:
+    """Variables must occur in the training data; a dev set or a probe may use only some of them."""
+    texts = "".join(path.read_text(encoding="utf-8-sig", errors="replace") for s in sources for path, _ in data.find_files(s.path))
+    return {name: value for name, value in run.variables.items() if "{{" + name in texts.replace(" ", "")}
+
+
+def _questions(run: Run, template: Template, rows: Sequence[Any], reading: dict[str, Any]) -> list[Question]:
+    if run.samples is None:
+        return [_question("training data", row, template, None, None) for row in rows[:3] if isinstance(row, Conversation)]
+    made = []
+    for probe in run.samples:
+        source = Source(path=probe.path, format=probe.format, columns=probe.columns)
+        system = probe.system if probe.system is not None else reading["system"]
+        found = data.load([source], want="prompts", **{**reading, "system": system, "variables": _used(run, [probe], reading)})
+        contains = [_filled(text, run.variables) for text in probe.contains] if probe.contains else None
+        name = probe.name or Path(probe.path).stem
+        made += [_question(name, row, template, contains, probe.wanted if contains else None) for row in found.rows]
+    return made
+
+
+def _filled(text: str, variables: dict[str, str]) -> str:
+    for name, value in variables.items():
+        text = text.replace("{{" + name + "}}", value)
+    return text
+
+
+def _question(name: str, row: Conversation, template: Template, contains: list[str] | None, wanted: bool | None) -> Question:
+    turns = row.turns[:-1] if row.turns[-1].role == "assistant" else row.turns
+    return Question(name, turns[-1].text, template.prompt(replace(row, turns=turns)), contains, wanted)
+

@@ -1,0 +1,73 @@
+"""Answers to a whole file of questions: every row, in order, resumable."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import data
+from .chat import JOIN
+from .errors import UserError
+from .generate import Sampling, answer
+from .loaded import Loaded
+from .run import Source
+
+
+def questions(sources: list[Source], loaded: Loaded, join: str | None = None) -> tuple[list[Any], list[str]]:
+    """(rows, notes) to be answered: Conversations that end with the user's turn."""
+    joined = join if join is not None else JOIN.get(loaded.template.name, "\n")
+    found = data.load(sources, want="prompts", system=loaded.system, join=joined)
+    return found.rows, found.notes
+
+
+def predict(
+    loaded: Loaded, rows: list[Any], out: Path, sampling: Sampling, batch_size: int = 16, done: Callable[[int], None] = lambda count: None
+) -> int:
+    """Writes one JSON object per row to `out`: the row's own keys plus "prediction". Returns how many answers were made now.
+
+    Answers are kept in `out`.part as they come; when interrupted, the same call continues there. Raises UserError if `out` exists.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists already and is never overwritten; choose another --out, or remove it")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.absolute().parent}")
+    prompts = [loaded.template.prompt(row) for row in rows]
+    part = out.with_name(out.name + ".part")
+    header = hashlib.blake2b(repr((prompts, sampling, batch_size)).encode(), digest_size=16).hexdigest()
+    made = _kept(part, header)
+    todo = [i for i in range(len(prompts)) if i not in made]
+    done(len(made))
+    with open(part, "a", encoding="utf-8") as file:
+        if not made:
+            file.truncate(0)
+            file.write(json.dumps({"header": header}) + "\n")
+        for i, text in answer(loaded.model, loaded.template, [prompts[i] for i in todo], sampling, batch_size, done):
+            made[todo[i]] = text
+            file.write(json.dumps({"row": todo[i], "prediction": text}, ensure_ascii=False) + "\n")
+            file.flush()
+    final = out.with_name(out.name + ".new")
+    with open(final, "w", encoding="utf-8") as file:
+        for i, row in enumerate(rows):
+            file.write(json.dumps({**row.meta["row"], "prediction": made[i]}, ensure_ascii=False) + "\n")
+    final.replace(out)
+    part.unlink()
+    return len(todo)
+
+
+def _kept(part: Path, header: str) -> dict[int, str]:
+    """Answers of an interrupted call on the same questions."""
+    if not part.is_file():
+        return {}
+    kept: dict[int, str] = {}
+    for number, line in enumerate(part.read_text(encoding="utf-8").splitlines()):
+        try:
+            item = json.loads(line)
+        except ValueError:
+            break  # half a line
+        if number == 0:
+            if item.get("header") != header:
+                return {}
+        else:
+            kept[item["row"]] = item["prediction"]
+    return kept

@@ -1,0 +1,78 @@
+"""The records that pass through the program. Frozen dataclasses without logic; see docs/architecture.md for the four hops.
+
+    a row of a file -> Conversation | Document            data.py
+    Conversation    -> Pieces -> Examples (token ids)     chat.py
+    Examples        -> Batch (tensors)                    batch.py
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message. `learn`: None follows the run's `learn:` option; True or False overrides it. `weight` scales its loss."""
+
+    role: str  # one of ROLES
+    text: str
+    learn: bool | None = None
+    weight: float = 1.0
+    extra: dict[str, Any] = field(default_factory=dict)  # other keys of the message (tool_calls, name), given to the chat template
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns in order; a system turn, if any, stands first. Ends with an assistant turn when it can be trained on."""
+
+    turns: tuple[Turn, ...]
+    where: str = ""  # "train.json:17", for messages
+    meta: dict[str, Any] = field(default_factory=dict)  # the row's other columns, and for prediction the whole row
+    weight: float = 1.0  # scales the loss of the whole row
+
+
+@dataclass(frozen=True)
+class Document:
+    """Plain text for pre-training: every token is learned."""
+
+    text: str
+    where: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a rendered conversation: plain text, or one special token by its id.
+
+    `weight` 0 is not learned. Neighbouring texts are encoded as one string unless `joined` is False:
+    whatever the model itself writes (an answer) starts apart, so that a prompt is a prefix of its training sequence.
+    """
+
+    text: str
+    id: int | None = None  # a special token; `text` is then its name, for show
+    weight: float = 0.0
+    joined: bool = True
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of one training sequence. `next_ids[i]` must follow `ids[i]`, with loss weight `weights[i]` (0: not learned)."""
+
+    ids: list[int]
+    next_ids: list[int]
+    weights: list[float]
+    where: str = ""
+
+    @property
+    def labels(self) -> list[int]:
+        """As transformers wants them: `ids` where learned, else -100 (unshifted, same length)."""
+        return [-100] + [token if weight else -100 for token, weight in zip(self.next_ids[:-1], self.weights[:-1], strict=True)]
+
+    @property
+    def num_learned(self) -> int:
+        return sum(1 for weight in self.weights if weight)
+
+
+Learn = Literal["all", "last", "everything"]

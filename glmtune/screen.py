@@ -1,0 +1,164 @@
+"""What people see in the terminal: the coloured sample, the plan, the live bar, the before/after tables. Fits one screen."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from . import __version__
+from .chat import Template
+from .plan import Plan
+from .records import Example
+from .training import Report, Screen
+
+console = Console(highlight=False, soft_wrap=False)
+BARS = " ▁▂▃▄▅▆▇█"
+
+
+def coloured(template: Template, example: Example, limit: int | None = None) -> Text:
+    """The sample as the model reads it: learned tokens green and underlined, special tokens dim; `limit` tokens, cut in the middle."""
+    tokens = template.show(example)
+    if limit is not None and len(tokens) > limit:
+        half = limit // 2
+        tokens = [*tokens[:half], (f" … {len(tokens) - 2 * half} tokens … ", -1.0), *tokens[-half:]]
+    text = Text()
+    for token, weight in tokens:
+        style = "yellow" if weight < 0 else "bold green underline" if weight else "dim" if token in template.tokens.special else ""
+        text.append(token, style)
+    return text
+
+
+def token_table(template: Template, example: Example) -> Table:
+    """Every token with its id and whether it is learned, for `show --tokens`."""
+    table = Table("position", "id", "token", "learned", box=None)
+    for i, token in enumerate(example.ids):
+        weight = example.weights[i - 1] if i else 0.0
+        table.add_row(str(i), str(token), repr(template.tokens.decode([token], keep_special=True)), f"{weight:g}" if weight else "")
+    return table
+
+
+def histogram(lengths: Sequence[int], bins: int = 30) -> str:
+    """Lengths as a line of bars with their range."""
+    low, high = min(lengths), max(lengths)
+    width = max(1, -(-(high - low + 1) // bins))
+    counts = [0] * ((high - low) // width + 1)
+    for length in lengths:
+        counts[(length - low) // width] += 1
+    top = max(counts)
+    bars = "".join(BARS[-(-8 * count // top)] for count in counts)
+    mean = sum(lengths) / len(lengths)
+    return f"{low} {bars} {high} tokens, mean {mean:.0f}"
+
+
+def print_plan(made: Plan, whole_sample: bool = False) -> None:
+    run, shape = made.run, made.shape
+    console.print(
+        f"[bold]glmtune {__version__}[/]  {escape(run.model)} ({shape.parameters / 1e6:.1f} M parameters)  ->  {escape(run.out)}"
+    )
+    for note in made.notes:
+        console.print(Text(note, "yellow" if note.startswith("warning") else ""))
+    learned = sum(example.num_learned for example in made.examples)
+    total = sum(made.lengths)
+    console.print(
+        f"{len(made.examples)} sequences, {total} tokens, {learned} of them learned ({100 * learned / total:.0f} %); lengths {histogram(made.lengths)}"
+    )
+    share = 100 * shape.trainable / shape.parameters
+    what = f"LoRA rank {run.method.rank} on {', '.join(sorted({n.split('.')[-1] for n in made.targets}))}" if made.targets else "every weight"
+    console.print(f"{run.method.kind}: {shape.trainable:,} trainable parameters ({share:.2f} %), {what}")
+    console.print(
+        Text.assemble((f"sample {made.examples[0].where}, ", "cyan"), ("learned tokens", "bold green underline"), (":", "cyan"))
+    )
+    console.print(coloured(made.template, made.examples[0], None if whole_sample else 160))
+
+
+class Terminal(Screen):
+    """Progress on a terminal: one live bar; in a pipe or log file, a line every tenth of the way."""
+
+    def __init__(self, quiet: bool = False):
+        self.bar: Progress | None = None
+        self.task: Any = None
+        self.quiet = quiet
+        self.tokens = 0
+        self.seconds = 0.0
+
+    def say(self, text: Any) -> None:
+        if not self.quiet:
+            (self.bar.console if self.bar else console).print(Text(str(text)))
+
+    def plan(self, made: Plan) -> None:
+        if not self.quiet:
+            print_plan(made)
+
+    def _open(self, *columns: Any) -> Progress:
+        self.bar = Progress(*columns, console=console, disable=self.quiet or not console.is_terminal, transient=True)
+        self.bar.start()
+        return self.bar
+
+    def start(self, total: int, done: int) -> None:
+        bar = self._open(
+            TextColumn("step {task.completed}/{task.total}"), BarColumn(None),
+            TextColumn("loss {task.fields[loss]}  {task.fields[rate]} tokens/s  left"), TimeRemainingColumn(),
+        )  # fmt: skip
+        self.task = bar.add_task("train", total=total, completed=done, loss="-", rate="-")
+
+    def step(self, row: dict[str, Any], total: int) -> None:
+        assert self.bar is not None
+        rate = f"{row['tokens_per_second']:.0f}"
+        self.bar.update(self.task, completed=row["step"], loss=f"{row['loss']:.3f}", rate=rate)
+        line = f"step {row['step']}/{total}  loss {row['loss']:.4f}  {rate} tokens/s"
+        if "eval_loss" in row:
+            self.say(f"{line}  dev loss {row['eval_loss']:.4f}")
+        elif not console.is_terminal and (row["step"] * 10 // total) != ((row["step"] - 1) * 10 // total):
+            left = row["seconds"] / row["step"] * (total - row["step"])
+            self.say(f"{line}  {left:.0f} s left")
+
+    def asking(self, what: str, total: int) -> Callable[[int], None]:
+        bar = self._open(TextColumn(what), BarColumn(None), TextColumn("{task.completed}/{task.total}  left"), TimeRemainingColumn())
+        task = bar.add_task(what, total=total)
+        return lambda count: bar.advance(task, count)
+
+    def stop(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+def print_report(report: Report, limit: int = 3) -> None:
+    """Before and after: the table of hits, a few answers side by side, and where to go next."""
+    dev = f", best dev loss {report.dev_loss:.4f}" if report.dev_loss is not None else ""
+    console.print(f"[bold]done[/] {report.steps} steps in {report.seconds:.0f} s, last loss {report.loss:.4f}{dev}")
+    if report.hits:
+        table = Table("questions", "", "before", "after", box=None, header_style="bold")
+        for row in report.hits:
+            what = "with the wanted words" if row["wanted"] else "leaks (fewer is better)"
+            table.add_row(f"{row['set']} ({row['count']})", what, _percent(row["before"]), _percent(row["after"]))
+        console.print(table)
+    pairs = Table("question", "before", "after", header_style="bold", show_lines=False, expand=True)
+    shown: dict[str, int] = {}
+    for row in report.samples:
+        if shown.get(row["set"], 0) < limit:
+            shown[row["set"]] = shown.get(row["set"], 0) + 1
+            pairs.add_row(*(Text(_short(row[key])) for key in ("prompt", "before", "after")))
+    if shown:
+        console.print(pairs)
+    out = escape(str(report.out))
+    console.print(f"next: [bold]glmtune chat {out}[/]   [bold]glmtune predict {out} questions.json --out answers.jsonl[/]   page: {out}/report.html")
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f} %"
+
+
+def _short(text: str | None, limit: int = 160) -> str:
+    text = " ".join((text or "").split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def is_interactive() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty()
+

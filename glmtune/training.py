@@ -1,0 +1,637 @@
+"""The one loop: accumulate, clip, schedule, log, evaluate, checkpoint, resume. Never sees a chat template.
+
+Laws: the loss of a step is the sum over its learned tokens / their number, however it is cut into micro-batches; a run that was
+interrupted at any moment and resumed ends bit-identical to the straight run; a checkpoint is complete or absent.
+"""
+
+import contextlib
+import errno
+import hashlib
+import importlib
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import __version__, batch, estimate, families, options, plan, report
+from .errors import Interrupted, UserError
+from .run import DEFAULT_LR, Lora, Run, load_run
+from .stages import STAGES
+
+SAVE_SECONDS = 300  # save.every_steps null
+COMPILE_TOKENS = 1_000_000  # a run shorter than this would spend more on compiling than it gains (bench/README.md)
+MICRO_TOKENS = {"fused": 2048, "modules": 2048}
+
+
+@dataclass
+class Report:
+    """What a run ends with. `hits` is the before/after table, one row per set of questions."""
+
+    out: Path
+    steps: int
+    loss: float
+    dev_loss: float | None
+    seconds: float
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    hits: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Screen:
+    """Where progress goes. This one prints nothing; the command line has one with a live bar."""
+
+    def say(self, text: Any) -> None: ...
+    def plan(self, made: plan.Plan) -> None: ...
+    def start(self, total: int, done: int) -> None: ...
+    def step(self, row: dict[str, Any], total: int) -> None: ...
+    def asking(self, what: str, total: int) -> Callable[[int], None]:
+        return lambda count: None
+
+    def stop(self) -> None: ...
+
+
+@dataclass
+class State:
+    """What a checkpoint holds besides tensors. Plain numbers only: it is JSON."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best_step: int | None = None
+    best_loss: float | None = None
+    last_loss: float | None = None
+
+
+# --- the run's folder -------------------------------------------------------------------------------------------------------
+
+
+def train(run: Run, *, resume: bool = False, screen: Screen | None = None) -> Report:
+    """Carries out a run and leaves its folder (docs/run-files.md says what is in it).
+
+    Raises UserError for everything the user can mend, before the model is loaded where possible; Interrupted after Ctrl-C, when a checkpoint has been written.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: training on several processes is not built yet; start one process")
+    screen = screen or Screen()
+    out = Path(run.out)
+    with _claimed(out, resume):
+        stored = _stored(out, run) if resume else None
+        if stored is not None and (out / "finished.json").is_file():
+            screen.say(f"{out} is finished already; nothing to do")
+            return _finished(out)
+        made = plan.make(run, screen.say)
+        settings = stored.resolved if stored is not None and stored.resolved else resolve(made)
+        _same_data(settings, made, out)
+        _check_room(made, settings, out)
+        out.mkdir(parents=True, exist_ok=True)
+        if stored is None:
+            options.write(run.model_copy(update={"resolved": settings}), out / "run.yaml", _header())
+        screen.plan(made)
+        screen.say(settings_line(settings))
+        try:
+            return _Training(made, settings, out, screen).run(resume)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(_no_room(out)) from None
+            raise
+
+
+@contextlib.contextmanager
+def _claimed(out: Path, resume: bool) -> Iterator[None]:
+    """One process per folder, and never over another run."""
+    from filelock import FileLock, Timeout
+
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out={out} is a file; name a folder")
+    held = [p.name for p in out.iterdir() if p.name != ".lock"] if out.is_dir() else []
+    if held and not resume:
+        doing = f"glmtune train {out / 'run.yaml'} --resume continues it" if (out / "run.yaml").is_file() else "it is not a run's folder"
+        raise UserError(f"out={out} is not empty ({', '.join(sorted(held)[:4])} ...) and is never overwritten: {doing}; or choose another out=")
+    new = not out.is_dir()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out={out} cannot be made: {error.strerror}") from None
+    lock = FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another process is training into {out} right now; wait for it, or choose another out=") from None
+    try:
+        yield
+    finally:
+        lock.release()
+        (out / ".lock").unlink(missing_ok=True)
+        if new and not any(out.iterdir()):
+            out.rmdir()  # a run that was refused leaves nothing behind
+
+
+def _stored(out: Path, run: Run) -> Run | None:
+    """The run.yaml that `out` holds; refuses to go on under other options."""
+    if not (out / "run.yaml").is_file():
+        if any(p.name != ".lock" for p in out.iterdir()):
+            raise UserError(f"{out} holds no run.yaml, so there is nothing to resume there; choose another out=")
+        return None
+    stored = load_run(out / "run.yaml")
+    differing = list(options.differences({**options.plain(stored), "resolved": None, "out": None}, {**options.plain(run), "resolved": None, "out": None}))
+    if differing:
+        raise UserError(
+            f"{out} was started with other options: {'; '.join(differing[:4])}{' ...' if len(differing) > 4 else ''}\n"
+            f"continue it as it was: glmtune train {out / 'run.yaml'} --resume; or start anew in another out="
+        )
+    return stored
+
+
+def _header() -> str:
+    return f"# Written by glmtune {__version__}: every option of this run. `glmtune train THIS --resume` continues it.\n"
+
+
+def resolve(made: plan.Plan) -> dict[str, Any]:
+    """Everything that `auto` and null stand for. Follows from the machine's flags, the model and the lengths; never from timing."""
+    import torch
+
+    run = made.run
+    device = families.pick_device(run.device)
+    precision = families.pick_precision(run.precision, device)
+    steps = batch.num_steps(len(made.examples), run.optim.batch_size, run.optim.epochs, run.optim.steps)
+    return {
+        "device": str(device),
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "micro_tokens": run.optim.micro_tokens or MICRO_TOKENS["modules"],
+        "lr": run.optim.lr or DEFAULT_LR[run.method.kind],
+        "steps": steps,
+        "checkpointing": run.checkpointing if run.checkpointing != "auto" else False,
+        "long_run": sum(made.lengths) * steps / max(1, batch.steps_per_epoch(len(made.examples), run.optim.batch_size)) > COMPILE_TOKENS,
+        "data": made.fingerprint,
+        "version": __version__,
+    }
+
+
+def _same_data(settings: dict[str, Any], made: plan.Plan, out: Path) -> None:
+    if settings["data"] != made.fingerprint:
+        raise UserError(f"the data, template or tokenizer changed since {out} was started, so it cannot be continued; put it back, or choose another out=")
+
+
+def _check_room(made: plan.Plan, settings: dict[str, Any], out: Path) -> None:
+    import psutil
+    import torch
+
+    need = needed_memory(made, settings)
+    device = torch.device(settings["device"])
+    if device.type == "cuda":
+        estimate.refuse_memory(need, torch.cuda.mem_get_info(device)[0], settings["device"])
+    else:
+        estimate.refuse_memory(need, psutil.virtual_memory().available, "this machine")
+    estimate.refuse_disk(out, made.shape.trainable * 12, made.run.save.keep)
+
+
+def needed_memory(made: plan.Plan, settings: dict[str, Any]) -> dict[str, float]:
+    """Estimated bytes by purpose."""
+    return estimate.memory(
+        made.shape, precision=settings["precision"], full=made.run.method.kind == "full",
+        micro_tokens=min(settings["micro_tokens"], sum(made.lengths)), longest=max(made.lengths), checkpointing=settings["checkpointing"],
+    )  # fmt: skip
+
+
+def settings_line(settings: dict[str, Any]) -> str:
+    return (
+        f"{settings['steps']} steps on {settings['device']} ({settings['threads']} threads), "
+        f"frozen weights {settings['precision']}, sums and trained weights fp32, lr {settings['lr']:g}"
+    )
+
+
+def _no_room(out: Path) -> str:
+    last = next((p for p, _ in _checkpoints(out)), None)
+    kept = f"the last good checkpoint is {last}" if last else "no checkpoint was written yet"
+    return f"no room left on the disk of {out}; {kept}. Free some room, then: glmtune train {out / 'run.yaml'} --resume"
+
+
+def _finished(out: Path) -> Report:
+    done = json.loads((out / "finished.json").read_text(encoding="utf-8"))
+    samples = read_jsonl(out / "samples.jsonl")
+    return Report(out, done["steps"], done["loss"], done["dev_loss"], done["seconds"], samples, report.hits(samples))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Complete or unchanged: written beside and renamed."""
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    part.replace(path)
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------------------
+
+
+def _checkpoints(out: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Complete checkpoints, the newest first, with their state. Damaged ones are passed over."""
+    found = [p for p in (out / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
+    for path in sorted(found, key=lambda p: int(p.name[5:]), reverse=True):
+        try:
+            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            if all(_digest(path / name) == digest for name, digest in state["files"].items()):
+                yield path, state
+        except (OSError, ValueError, KeyError):
+            continue
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# --- the loop -----------------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: float) -> float:
+    """Of optimizer step `step` (from 0): linear warm-up, then constant, or linear or cosine down to 0 at the end.
+
+    warmup below 1 is a share of `steps`, otherwise a number of steps.
+    """
+    rising = round(warmup * steps) if warmup < 1 else round(warmup)
+    if step < rising:
+        return peak * (step + 1) / rising
+    if schedule == "constant":
+        return peak
+    share = (step - rising) / max(1, steps - rising)
+    return peak * (1 - share) if schedule == "linear" else peak * 0.5 * (1 + math.cos(math.pi * share))
+
+
+class _Training:
+    """Model, optimizer and counters of one run in progress."""
+
+    def __init__(self, made: plan.Plan, settings: dict[str, Any], out: Path, screen: Screen):
+        import torch
+
+        from . import forward, methods
+
+        self.plan, self.settings, self.out, self.screen, self.state = made, settings, out, screen, State()
+        options_ = made.run
+        torch.set_num_threads(settings["threads"])
+        self.device = families.pick_device(settings["device"])
+        compute = torch.bfloat16 if settings["precision"] == "bf16" else torch.float32
+        full = options_.method.kind == "full"
+        self.model = families.load_model(made.folder, dtype=torch.float32 if full else compute, device=self.device)
+        for module in self.model.modules():  # a model's own dropout is not seeded by row; every published family has none
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        methods.prepare(self.model, compute)
+        methods.attach(self.model, options_.method, options_.seed)
+        self.parameters = methods.trainable(self.model)
+        path, _ = forward.choose_path(self.model, options_.method.kind, getattr(options_.method, "dropout", 0.0), self.device)
+        self.forward = forward.Forward(self.model, path, compile=path == "fused" and settings["long_run"] and forward.fused.compile_works())
+        if self.forward.noise is not None or settings["checkpointing"]:
+            self.model.train()
+        if settings["checkpointing"] and path == "modules":
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        optim = options_.optim
+        decayed = [p for p in self.parameters.values() if p.ndim >= 2]
+        others = [p for p in self.parameters.values() if p.ndim < 2]
+        groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=settings["lr"], fused=self.device.type in ("cpu", "cuda"))
+        self.stage = STAGES[options_.stage.kind]
+        self.trackers: list[Callable[[dict[str, Any]], None]] = []
+        self.stopping = False
+
+    # the whole ---------------------------------------------------------------------------------------------------------
+
+    def run(self, resume: bool) -> Report:
+        steps, optim = self.settings["steps"], self.plan.run.optim
+        self._ask("before")
+        if resume:
+            self._load()
+        self._cut_log()
+        self.trackers = list(_trackers(self.plan.run, self.out, self.state.step))
+        per_epoch = batch.steps_per_epoch(len(self.plan.examples), optim.batch_size)
+        started, saved_at = time.monotonic() - self.state.seconds, time.monotonic()
+        self.screen.start(steps, self.state.step)
+        with self._catching_signals(), open(self.out / "log.jsonl", "a", encoding="utf-8") as log:
+            while self.state.step < steps:
+                row = self._step(self.state.step, steps)
+                self.state.step += 1
+                self.state.seconds = time.monotonic() - started
+                step, self.state.last_loss = self.state.step, row["loss"]
+                end_of_epoch = step % per_epoch == 0 or step == steps
+                every = self.plan.run.eval.every_steps
+                if self.plan.dev and (step % every == 0 or step == steps if every else end_of_epoch):
+                    row["eval_loss"] = self._evaluate()
+                row = {"step": step, "epoch": round(step / per_epoch, 4), **row, "seconds": round(self.state.seconds, 3)}
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+                for track in self.trackers:
+                    track(row)
+                self.screen.step(row, steps)
+                every = self.plan.run.save.every_steps
+                due = step % every == 0 if every else end_of_epoch or time.monotonic() - saved_at > SAVE_SECONDS
+                if due or self.stopping or "eval_loss" in row:
+                    self._save(keep_best=row.get("eval_loss"))
+                    saved_at = time.monotonic()
+                if end_of_epoch and step < steps:
+                    report.write(self.out)
+                if self.stopping and step < steps:
+                    raise Interrupted(
+                        f"stopped after step {step} of {steps}; saved. Continue with: glmtune train {self.out / 'run.yaml'} --resume"
+                    )
+        self.screen.stop()
+        return self._finish()
+
+    def _finish(self) -> Report:
+        self._save_result(self.out, final=True)
+        samples = self._ask("after")
+        report.write(self.out)
+        done = {"steps": self.state.step, "loss": self.state.last_loss, "dev_loss": self.state.best_loss, "seconds": round(self.state.seconds, 3)}
+        (self.out / "finished.json").write_text(json.dumps(done) + "\n", encoding="utf-8")
+        return Report(self.out, self.state.step, self.state.last_loss or 0.0, self.state.best_loss, self.state.seconds, samples, report.hits(samples))
+
+    @contextlib.contextmanager
+    def _catching_signals(self) -> Iterator[None]:
+        """The first Ctrl-C (or SIGTERM) ends the run after the step in progress, with a checkpoint; a second one stops at once."""
+
+        def stop(number: int, frame: Any) -> None:
+            if self.stopping:
+                raise KeyboardInterrupt
+            self.stopping = True
+            self.screen.say("finishing this step and saving; press Ctrl-C again to stop at once without saving")
+
+        held = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not the main thread
+                held[number] = signal.signal(number, stop)
+        try:
+            yield
+        finally:
+            for number, handler in held.items():
+                signal.signal(number, handler)
+
+    # one step ----------------------------------------------------------------------------------------------------------
+
+    def _batches(self, examples: list[Any], rows: list[int]) -> Iterator[batch.Batch]:
+        chosen = [examples[row] for row in rows]
+        concatenated = self.forward.concatenated
+        for micro in batch.cut([len(e.ids) for e in chosen], self.settings["micro_tokens"], padded=not concatenated):
+            yield batch.collate([chosen[i] for i in micro], [rows[i] for i in micro], self.plan.template.tokens.pad_id, concatenated)
+
+    def _step(self, step: int, steps: int) -> dict[str, Any]:
+        """One optimizer step on its rows. Raises UserError when the loss or the gradient is not a finite number."""
+        import torch
+
+        began, optim = time.monotonic(), self.plan.run.optim
+        lr = learning_rate(step, steps, self.settings["lr"], optim.schedule, optim.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.forward.noise is not None:
+            self.forward.noise.step = step
+        rows = batch.rows_of_step(step, len(self.plan.examples), optim.batch_size, self.plan.run.seed)
+        total_weight = sum(sum(self.plan.examples[row].weights) for row in rows)
+        loss, tokens = 0.0, 0
+        for micro in self._batches(self.plan.examples, rows):
+            part = self.stage.loss(self.forward, micro) / total_weight
+            part.backward()
+            loss += part.item()
+            tokens += micro.num_tokens
+        limit = optim.clip if optim.clip is not None else math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), limit))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise UserError(self._not_finite(step + 1, loss, norm, lr))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {
+            "loss": loss,
+            "learned_tokens": sum(self.plan.examples[row].num_learned for row in rows),
+            "tokens": tokens,
+            "tokens_per_second": round(tokens / (time.monotonic() - began), 1),
+            "lr": lr,
+            "grad_norm": norm,
+            "peak_memory_gb": round(_peak_memory(self.device) / 1e9, 3),
+        }
+
+    def _not_finite(self, step: int, loss: float, norm: float, lr: float) -> str:
+        last = next((p for p, _ in _checkpoints(self.out)), None)
+        kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint before it"
+        return (
+            f"step {step}: the loss is {loss:g} and the gradient norm {norm:g}, no finite numbers; training stopped, {kept}\n"
+            f"try a lower learning rate (now {lr:g}), optim.clip=0.5, precision=fp32, or look for odd rows: glmtune data check"
+        )
+
+    def _evaluate(self) -> float:
+        """Mean loss per learned token of the dev set."""
+        import torch
+
+        total, weight = 0.0, 0.0
+        noise, self.forward.noise = self.forward.noise, None
+        training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            for start in range(0, len(self.plan.dev), 64):
+                for micro in self._batches(self.plan.dev, list(range(start, min(start + 64, len(self.plan.dev))))):
+                    total += float(self.stage.loss(self.forward, micro))
+                    weight += float(micro.weights.sum())
+        self.model.train(training)
+        self.forward.noise = noise
+        return total / weight
+
+    # keeping -----------------------------------------------------------------------------------------------------------
+
+    def _save_result(self, folder: Path, final: bool = False) -> None:
+        """What was trained, as something other programs open: an adapter folder, or a whole model. With tokenizer and template."""
+        from . import methods
+
+        method, full = self.plan.run.method, self.plan.run.method.kind == "full"
+        target = folder / ("model" if full else "adapter") if final else folder
+        work = target.with_name(target.name + ".part") if final else target
+        if final:
+            shutil.rmtree(work, ignore_errors=True)
+        if isinstance(method, Lora):
+            methods.save_adapter(self.model, work, method, str(self._base_name()))
+        else:
+            methods.save_full(self.model, work)
+        save_tokenizer(self.plan.folder, work, self.plan.template.jinja)
+        (work / "README.md").write_text(_adapter_readme(self.plan.run, self._base_name(), full), encoding="utf-8")
+        if final:
+            shutil.rmtree(target, ignore_errors=True)
+            work.rename(target)
+
+    def _base_name(self) -> str:
+        """What plain transformers and PEFT can open: a hub id as it is, else the folder."""
+        name = self.plan.run.model
+        return name if "/" in name and not Path(name).expanduser().exists() else str(self.plan.folder.resolve())
+
+    def _save(self, keep_best: float | None = None) -> None:
+        """A checkpoint under a temporary name, fsynced, renamed; then old ones are removed."""
+        import torch
+
+        from . import methods
+
+        if keep_best is not None and (self.state.best_loss is None or keep_best < self.state.best_loss):
+            self.state.best_loss, self.state.best_step = keep_best, self.state.step
+        folder = self.out / "checkpoints" / f"step-{self.state.step}"
+        if folder.exists():
+            return
+        work = folder.with_name(f".part-{self.state.step}")
+        shutil.rmtree(work, ignore_errors=True)
+        try:
+            self._save_result(work)
+            tensors: dict[str, torch.Tensor] = {}
+            for name, parameter in self.parameters.items():
+                held = self.optimizer.state[parameter]
+                tensors |= {f"{name}.{key}": value.detach().cpu() for key, value in held.items()}
+            methods.write_tensors(tensors, work / "optimizer.safetensors")
+            shutil.copy(self.out / "run.yaml", work / "run.yaml")
+            files = {p.name: _digest(p) for p in sorted(work.iterdir())}
+            methods.write_text(work / "state.json", json.dumps({**asdict(self.state), "files": files}, indent=1) + "\n")
+            methods.sync_folder(work)
+            work.rename(folder)
+            methods.sync_folder(folder.parent)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        kept = sorted((p for p in folder.parent.glob("step-*")), key=lambda p: int(p.name[5:]))[-self.plan.run.save.keep :]
+        for old in folder.parent.glob("step-*"):
+            if old not in kept and old.name != f"step-{self.state.best_step}":
+                shutil.rmtree(old)
+
+    def _load(self) -> None:
+        """Continues from the newest complete checkpoint, or from step 0, and says which."""
+        import torch
+
+        from . import methods
+
+        for leftover in (self.out / "checkpoints").glob(".part-*"):
+            shutil.rmtree(leftover)
+        newest = max((int(p.name[5:]) for p in (self.out / "checkpoints").glob("step-*") if p.name[5:].isdigit()), default=None)
+        found = next(_checkpoints(self.out), None)
+        if found is None:
+            self.screen.say("there is no complete checkpoint yet; starting at step 0")
+            return
+        folder, state = found
+        if newest is not None and state["step"] < newest:
+            self.screen.say(f"checkpoint step-{newest} is damaged; going back to step-{state['step']}")
+            for path in (self.out / "checkpoints").glob("step-*"):
+                if int(path.name[5:]) > state["step"]:
+                    shutil.rmtree(path)
+        self.screen.say(f"continuing from {folder} (step {state['step']} of {self.settings['steps']})")
+        state.pop("files")
+        self.state = State(**state)
+        if self.state.best_step is not None and self.state.best_step > self.state.step:
+            self.state.best_step = self.state.best_loss = None
+        trained = {}
+        for path in folder.glob("*.safetensors"):
+            if path.name != "optimizer.safetensors":
+                trained |= methods.read_tensors(path)
+        held = methods.read_tensors(folder / "optimizer.safetensors")
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                saved = methods.PREFIX + name + ".weight" if isinstance(self.plan.run.method, Lora) else name
+                parameter.copy_(trained[saved])
+                keys = ("step", "exp_avg", "exp_avg_sq")
+                self.optimizer.state[parameter] = {
+                    key: held[f"{name}.{key}"] if key == "step" else held[f"{name}.{key}"].to(parameter.device) for key in keys
+                }
+
+    def _cut_log(self) -> None:
+        """Steps after the checkpoint are made again, so their lines go."""
+        path = self.out / "log.jsonl"
+        kept = []
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # the last line of a killed run may be half a line
+                    if (row := json.loads(line))["step"] <= self.state.step:
+                        kept.append(row)
+        write_jsonl(path, kept)
+
+    # before and after --------------------------------------------------------------------------------------------------
+
+    def _ask(self, when: str) -> list[dict[str, Any]]:
+        """Answers the run's questions, once before and once after training; samples.jsonl holds both."""
+        from .generate import Sampling, answer
+
+        path, questions = self.out / "samples.jsonl", self.plan.questions
+        rows = read_jsonl(path)
+        if not questions or (rows and rows[0].get(when) is not None):
+            return rows
+        if when == "before" or not rows:
+            rows = [{"set": q.set, "prompt": q.prompt, "before": None, "after": None, "wanted": q.wanted} for q in questions]
+        done = self.screen.asking(f"answers {when} training", len(questions))
+        training = self.model.training
+        self.model.eval()
+        for i, text in answer(self.model, self.plan.template, [q.ids for q in questions], Sampling(max_new_tokens=64), done=done):
+            rows[i][when] = text
+            if (wanted := questions[i].contains) is not None:
+                rows[i][f"hit_{when}"] = any(part.lower() in text.lower() for part in wanted)
+        self.model.train(training)
+        self.screen.stop()
+        write_jsonl(path, rows)
+        return rows
+
+
+def save_tokenizer(base: Path, folder: Path, jinja: str) -> None:
+    """The tokenizer files of the base, and the chat template that was trained, so that what was trained is what is served."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
+        if (base / name).is_file() and not (folder / name).is_file():
+            shutil.copyfile(base / name, folder / name)
+    config_path = folder / "tokenizer_config.json"
+    if config_path.is_file():
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        if config.pop("chat_template", None) is not None:
+            config_path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(jinja, encoding="utf-8")
+
+
+def _adapter_readme(run: Run, base: str, full: bool) -> str:
+    system = f"\nIt was trained with the system prompt: {run.system!r}\n" if run.system else ""
+    use = (
+        f'AutoModelForCausalLM.from_pretrained("THIS FOLDER")'
+        if full
+        else f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "THIS FOLDER")'
+    )
+    return (
+        f"---\nbase_model: {base}\nlibrary_name: {'transformers' if full else 'peft'}\n---\n\n"
+        f"Trained by glmtune {__version__} on {run.model} with method {run.method.kind}.{system}\n\n"
+        f"- glmtune: `glmtune chat THIS-RUN`\n- transformers{'' if full else ' and PEFT'}: `{use}`\n"
+        "- The chat format that was trained is `chat_template.jinja`.\n"
+    )
+
+
+def _peak_memory(device: Any) -> float:
+    """Bytes: of the card, or of this process."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _trackers(run: Run, out: Path, step: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+    for name in run.report_to:
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(out / "tb"), purge_step=step + 1)
+
+            def track(row: dict[str, Any], writer: Any = writer) -> None:
+                for key, value in row.items():
+                    if key not in ("step", "seconds"):
+                        writer.add_scalar(f"train/{key}", value, row["step"])
+                writer.flush()
+
+            yield track
+            continue
+        try:
+            module = importlib.import_module(name)
+        except ImportError:
+            raise UserError(f"report_to: {name} is not installed; pip install {name}, or leave it out") from None
+        module.init(project="glmtune", config=options.plain(run), dir=str(out))
+        yield lambda row, module=module: module.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
