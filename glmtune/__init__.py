@@ -1,6 +1,11 @@
 """glmtune: fine-tune, evaluate and use ChatGLM and other chat models. Importing this is light; heavy modules load on first use."""
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# Threads that wait by spinning starve each other when the machine is shared: the same run took 24 s asleep and 317 s spinning (LOG.md).
+# OpenMP reads this when torch is loaded, so it must be set before.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __version__ = "0.1.0"
 __all__ = ["Loaded", "Report", "Run", "UserError", "load", "load_run", "train"]

@@ -333,7 +333,7 @@ def _uncuttable(why: str) -> UserError:
 # --- the template -------------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(repr=False)
 class Template:
     """A chat format bound to a tokenizer. Conversations may be given as `Conversation` or as lists of OpenAI-style messages."""
 
@@ -462,14 +462,17 @@ class Template:
         ids = list(ids)
         cut = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
         text = self.tokens.decode(ids[:cut])
-        lead = self.lead
-        return Turn("assistant", text[len(lead) :] if lead and text.startswith(lead) else text)
+        lead, gap = self._around
+        text = text.removeprefix(lead)
+        return Turn("assistant", text.removesuffix(gap) if cut < len(ids) else text)
 
     @cached_property
-    def lead(self) -> str:
-        """Text that the template puts between the prompt and an answer (Llama 2: a blank)."""
+    def _around(self) -> tuple[str, str]:
+        """Text that the format puts before an answer and between it and its stop mark (Llama 2: a blank each)."""
         parts = self.parts((Turn("user", "a"), Turn("assistant", "b")), False)
-        return next((part.text for part in parts if part.kind == "lead"), "")
+        lead = next((part.text for part in parts if part.kind == "lead"), "")
+        stop = next(part for part in parts if part.kind == "stop")
+        return lead, "".join(piece.text for piece in self._scaffold(stop, 1.0, True) if piece.id is None)
 
     def show(self, example: Example) -> list[tuple[str, float]]:
         """(text, weight with which it is learned) of every token, special tokens by name; parts of one character are joined."""

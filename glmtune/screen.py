@@ -132,9 +132,10 @@ def print_report(report: Report, limit: int = 3) -> None:
     """Before and after: the table of hits, a few answers side by side, and where to go next."""
     dev = f", best dev loss {report.dev_loss:.4f}" if report.dev_loss is not None else ""
     console.print(f"[bold]done[/] {report.steps} steps in {report.seconds:.0f} s, last loss {report.loss:.4f}{dev}")
-    if report.hits:
+    checked = [row for row in report.hits if row["wanted"] is not None]
+    if checked:
         table = Table("questions", "", "before", "after", box=None, header_style="bold")
-        for row in report.hits:
+        for row in checked:
             what = "with the wanted words" if row["wanted"] else "leaks (fewer is better)"
             table.add_row(f"{row['set']} ({row['count']})", what, _percent(row["before"]), _percent(row["after"]))
         console.print(table)
