@@ -10,7 +10,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 __version__ = "0.1.0"
 __all__ = ["Loaded", "Report", "Run", "UserError", "load", "load_run", "train"]
 
-_HOME = {"load": "loaded", "Loaded": "loaded", "train": "training", "Report": "training", "load_run": "run", "Run": "run", "UserError": "errors"}
+_HOME = {
+    "load": "loaded",
+    "Loaded": "loaded",
+    "train": "training",
+    "Report": "training",
+    "load_run": "run",
+    "Run": "run",
+    "UserError": "errors",
+}
 
 if TYPE_CHECKING:
     from .errors import UserError

@@ -6,6 +6,7 @@ Everything follows from the seed and the lengths, so a resumed run and every pro
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -69,12 +70,12 @@ class Batch:
     `learned` [N] are flat positions into B x S whose next token is learned; `targets`, `weights` [N] go with them.
     """
 
-    ids: "object"
-    mask: "object"  # [B, S] bool, True = a real token; None when concatenated
+    ids: Any
+    mask: Any  # [B, S] bool, True = a real token; None when concatenated
     lengths: list[int]
-    learned: "object"
-    targets: "object"
-    weights: "object"
+    learned: Any
+    targets: Any
+    weights: Any
     rows: list[int]  # positions of its examples in the data set: dropout is seeded by them
 
     @property

@@ -175,7 +175,9 @@ def form_parts(form: Form, stop: str, prefix: str) -> Callable[[Sequence[Turn], 
         for i, turn in enumerate(turns):
             written = {"system": form.system, "user": form.user, "assistant": form.assistant}.get(turn.role)
             if written is None:
-                raise UserError(f"this chat format has no way to write a '{turn.role}' turn; use a model whose own template has one")
+                raise UserError(
+                    f"this chat format has no way to write a '{turn.role}' turn; use a model whose own template has one"
+                )
             before, after = written.split("{content}")
             made.append(Part("scaffold", before, i))
             if turn.role != "assistant":
@@ -280,7 +282,9 @@ def jinja_parts(render: Callable[..., str], special: Iterable[str], eos: str) ->
                 continue
             start = full.find(sentinel(i), at)
             if start < 0 or full.count(sentinel(i)) != 1:
-                raise _uncuttable(f"the text of turn {i + 1} ({turn.role}) does not appear exactly once, in order, in its rendering")
+                raise _uncuttable(
+                    f"the text of turn {i + 1} ({turn.role}) does not appear exactly once, in order, in its rendering"
+                )
             if turn.role != "assistant":
                 made += [Part("scaffold", full[at:start]), Part("text", "", i)]
                 at = start + len(sentinel(i))
@@ -353,7 +357,9 @@ class Template:
             turns = (Turn("system", self.default_system), *turns)
         return turns
 
-    def pieces(self, conversation: "Conversation | Sequence[Message]", learn: Learn | None = None, open_answer: bool = False) -> list[Piece]:
+    def pieces(
+        self, conversation: "Conversation | Sequence[Message]", learn: Learn | None = None, open_answer: bool = False
+    ) -> list[Piece]:
         """The generator that decides what is learned: an assistant turn's text and the stop mark that ends it.
 
         open_answer: end with the header that asks the assistant to write (a prompt).
@@ -505,7 +511,9 @@ def encode_document(tokens: Tokens, document: Document, max_length: int) -> list
     whole = align(ids, [document.weight] * len(ids), document.where)
     cuts = range(0, max(1, len(ids) - 1), max_length)
     return [
-        Example(whole.ids[i : i + max_length], whole.next_ids[i : i + max_length], whole.weights[i : i + max_length], document.where)
+        Example(
+            whole.ids[i : i + max_length], whole.next_ids[i : i + max_length], whole.weights[i : i + max_length], document.where
+        )
         for i in cuts
     ]
 
@@ -524,7 +532,13 @@ def _turn(message: Message) -> Turn:
 def _same(parts: list[Part], published: str) -> bool:
     text = "".join(part.text for part in parts)
     # A stop mark that the published template leaves out at the very end is ours (GLM-4 ends with its eos token).
-    return text == published or (parts[-1].kind == "scaffold" and not parts[-1].text and text.startswith(published) and len(parts) > 1 and text == published + parts[-2].text)
+    return text == published or (
+        parts[-1].kind == "scaffold"
+        and not parts[-1].text
+        and text.startswith(published)
+        and len(parts) > 1
+        and text == published + parts[-2].text
+    )
 
 
 def choose(wanted: "str | Form", tokens: Tokens, learn: Learn = "all") -> Template:
@@ -539,7 +553,9 @@ def choose(wanted: "str | Form", tokens: Tokens, learn: Learn = "all") -> Templa
         render = jinja_renderer(tokens.chat_template, variables)
         parts = jinja_parts(render, tokens.special, tokens.name("eos_token"))
         trial = parts((Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d")), False)
-        stops = {tokens.special[name] for part in trial if part.kind == "stop" for name in tokens.special if part.text.endswith(name)}
+        stops = {
+            tokens.special[name] for part in trial if part.kind == "stop" for name in tokens.special if part.text.endswith(name)
+        }
         return Template("auto", tokens, parts, tokens.chat_template, sorted({*stops, *tokens.end_ids}), render, learn=learn)
     name = wanted if isinstance(wanted, str) else "own"
     form = FORMS[wanted] if isinstance(wanted, str) else wanted

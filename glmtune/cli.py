@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -22,11 +22,24 @@ data_app = typer.Typer(no_args_is_help=True, help="Look at data before a minute 
 app.add_typer(data_app, name="data")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
-Settings = Annotated[Optional[list[str]], typer.Argument(metavar="[RUN.yaml] [a.b=c ...]", help="A run file and/or settings.", show_default=False)]  # noqa: UP045
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="smollm2-135m-instruct, a folder, a hub id, a run's folder, or its checkpoints/step-N.", show_default=False)]
-Adapter = Annotated[Optional[str], typer.Option(help="An adapter folder (not needed with a run's folder).", show_default=False)]  # noqa: UP045
-Temperature = Annotated[Optional[float], typer.Option(help="0 is greedy; not given: the model's published setting.", show_default=False)]  # noqa: UP045
-TopP = Annotated[Optional[float], typer.Option(help="Nucleus sampling; not given: the model's published setting.", show_default=False)]  # noqa: UP045
+Settings = Annotated[
+    list[str] | None, typer.Argument(metavar="[RUN.yaml] [a.b=c ...]", help="A run file and/or settings.", show_default=False)
+]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="smollm2-135m-instruct, a folder, a hub id, a run's folder, or its checkpoints/step-N.",
+        show_default=False,
+    ),
+]
+Adapter = Annotated[str | None, typer.Option(help="An adapter folder (not needed with a run's folder).", show_default=False)]
+Temperature = Annotated[
+    float | None, typer.Option(help="0 is greedy; not given: the model's published setting.", show_default=False)
+]
+TopP = Annotated[
+    float | None, typer.Option(help="Nucleus sampling; not given: the model's published setting.", show_default=False)
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
 
 
@@ -55,13 +68,22 @@ def train(
     finally:
         screen.stop()
     if json_:
-        found = {"out": str(report.out), "steps": report.steps, "loss": report.loss, "dev_loss": report.dev_loss, "seconds": round(report.seconds, 1), "hits": report.hits}
+        found = {
+            "out": str(report.out),
+            "steps": report.steps,
+            "loss": report.loss,
+            "dev_loss": report.dev_loss,
+            "seconds": round(report.seconds, 1),
+            "hits": report.hits,
+        }
         print(json.dumps(found, ensure_ascii=False))
     else:
         print_report(report)
 
 
-@app.command(epilog="Example:  glmtune show examples/identity/run.yaml    or    glmtune show model=smollm2-135m-instruct data=train.json")
+@app.command(
+    epilog="Example:  glmtune show examples/identity/run.yaml    or    glmtune show model=smollm2-135m-instruct data=train.json"
+)
 def show(
     settings: Settings = None,
     sample: Annotated[int, typer.Option(help="Which row to show in full (0 is the first).")] = 0,
@@ -101,7 +123,11 @@ def show(
         screen.console.print(screen.token_table(made.template, example))
     import yaml
 
-    changed = {key: value for key, value in options.plain(run).items() if value != options.plain(type(run)(model="", data=run.data, out="")).get(key)}
+    changed = {
+        key: value
+        for key, value in options.plain(run).items()
+        if value != options.plain(type(run)(model="", data=run.data, out="")).get(key)
+    }
     screen.console.print(Text("options that differ from the defaults:", "cyan"))
     screen.console.print(Text(yaml.safe_dump(changed, sort_keys=False, allow_unicode=True).rstrip()))
     screen.console.print(training.settings_line(settings_), markup=False)
@@ -109,16 +135,24 @@ def show(
     screen.console.print(f"estimated memory {sum(need.values()) / 1e9:.1f} GB ({parts})", markup=False)
 
 
-@app.command(epilog="Example:  glmtune predict runs/first questions.json --out answers.jsonl --columns prompt=question,response=answer")
+@app.command(
+    epilog="Example:  glmtune predict runs/first questions.json --out answers.jsonl --columns prompt=question,response=answer"
+)
 def predict(
     model: Model,
-    data: Annotated[list[str], typer.Argument(metavar="DATA...", help="Files of rows; answers are not needed.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="JSONL file to write: each row's own keys plus \"prediction\".", show_default=False)],
+    data: Annotated[
+        list[str], typer.Argument(metavar="DATA...", help="Files of rows; answers are not needed.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help='JSONL file to write: each row\'s own keys plus "prediction".', show_default=False)],
     adapter: Adapter = None,
-    columns: Annotated[Optional[str], typer.Option(help="Which key holds what: prompt=question,response=answer", show_default=False)] = None,  # noqa: UP045
-    format: Annotated[Optional[str], typer.Option(help="The rows' form, if their keys do not show it.", show_default=False)] = None,  # noqa: UP045
-    system: Annotated[Optional[str], typer.Option(help="System prompt; not given: the run's own.", show_default=False)] = None,  # noqa: UP045
-    max_samples: Annotated[Optional[int], typer.Option(min=1, help="Only the first n rows of each file.", show_default=False)] = None,  # noqa: UP045
+    columns: Annotated[
+        str | None, typer.Option(help="Which key holds what: prompt=question,response=answer", show_default=False)
+    ] = None,
+    format: Annotated[str | None, typer.Option(help="The rows' form, if their keys do not show it.", show_default=False)] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt; not given: the run's own.", show_default=False)] = None,
+    max_samples: Annotated[
+        int | None, typer.Option(min=1, help="Only the first n rows of each file.", show_default=False)
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
@@ -135,7 +169,8 @@ def predict(
     sources = [Source(path=path, format=format, columns=_columns(columns), max_samples=max_samples, system=system) for path in data]
     place = families.locate(model, adapter, _say)
     from . import data as data_module
-    from .predict import predict as start, questions
+    from .predict import predict as start
+    from .predict import questions
 
     if out.exists():
         raise UserError(f"{out} exists already and is never overwritten; choose another --out, or remove it")
@@ -174,12 +209,14 @@ def _say(text: str) -> None:
 def chat(
     model: Model,
     adapter: Adapter = None,
-    prompt: Annotated[Optional[str], typer.Option(help="Answer this once and exit.", show_default=False)] = None,  # noqa: UP045
-    system: Annotated[Optional[str], typer.Option(help="System prompt; not given: the run's own, else the model's default.", show_default=False)] = None,  # noqa: UP045
+    prompt: Annotated[str | None, typer.Option(help="Answer this once and exit.", show_default=False)] = None,
+    system: Annotated[
+        str | None, typer.Option(help="System prompt; not given: the run's own, else the model's default.", show_default=False)
+    ] = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
-    seed: Annotated[Optional[int], typer.Option(help="Of sampling; not given: new every time.", show_default=False)] = None,  # noqa: UP045
+    seed: Annotated[int | None, typer.Option(help="Of sampling; not given: new every time.", show_default=False)] = None,
     device: Device = "auto",
 ) -> None:
     """Talk to a model, or in a pipe answer each line."""
@@ -200,7 +237,9 @@ def chat(
 
 
 @app.command(epilog="Example:  glmtune doctor    or    glmtune doctor smollm2-135m-instruct")
-def doctor(model: Annotated[Optional[str], typer.Argument(metavar="[MODEL]", show_default=False)] = None, json_: Json = False) -> None:  # noqa: UP045
+def doctor(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", show_default=False)] = None, json_: Json = False
+) -> None:
     """What this machine can do; with MODEL, what that folder is and how it would be used."""
     from . import doctor as findings
 
@@ -215,7 +254,9 @@ def doctor(model: Annotated[Optional[str], typer.Argument(metavar="[MODEL]", sho
 
 
 @app.command(epilog="Example:  glmtune options method.lora")
-def options(name: Annotated[str, typer.Argument(metavar="[NAME]", help="Only options whose name starts so.")] = "", json_: Json = False) -> None:
+def options(
+    name: Annotated[str, typer.Argument(metavar="[NAME]", help="Only options whose name starts so.")] = "", json_: Json = False
+) -> None:
     """Every option of a run file, from its declaration."""
     from .errors import did_you_mean
     from .options import document
@@ -244,11 +285,16 @@ def repr_newlines(text: str) -> str:
 @data_app.command("check", epilog="Example:  glmtune data check train.json --model smollm2-135m-instruct --fix clean.json")
 def data_check(
     files: Annotated[list[str], typer.Argument(metavar="FILES...", show_default=False)],
-    model: Annotated[Optional[str], typer.Option(help="Count tokens with this model's template.", show_default=False)] = None,  # noqa: UP045
+    model: Annotated[str | None, typer.Option(help="Count tokens with this model's template.", show_default=False)] = None,
     max_length: Annotated[int, typer.Option(min=1, help="Longest row, in tokens (with --model).")] = 1024,
-    columns: Annotated[Optional[str], typer.Option(help="Which key holds what: prompt=question,response=answer", show_default=False)] = None,  # noqa: UP045
-    format: Annotated[Optional[str], typer.Option(help="The rows' form, if their keys do not show it.", show_default=False)] = None,  # noqa: UP045
-    fix: Annotated[Optional[Path], typer.Option(help="Write the clean rows here, and what was removed to FIX.removed.jsonl.", show_default=False)] = None,  # noqa: UP045
+    columns: Annotated[
+        str | None, typer.Option(help="Which key holds what: prompt=question,response=answer", show_default=False)
+    ] = None,
+    format: Annotated[str | None, typer.Option(help="The rows' form, if their keys do not show it.", show_default=False)] = None,
+    fix: Annotated[
+        Path | None,
+        typer.Option(help="Write the clean rows here, and what was removed to FIX.removed.jsonl.", show_default=False),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Find every malformed row by file and line. Exit code 2 when there are errors."""
@@ -287,7 +333,9 @@ def version(show_it: bool) -> None:
 
 
 @app.callback()
-def top(version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")] = False) -> None:
+def top(
+    version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")] = False,
+) -> None:
     pass
 
 

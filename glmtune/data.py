@@ -103,6 +103,33 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How rows are to be read: for which use, and in which form if not the one that their keys show."""
+
+    want: Want = "answers"
+    join: str = "\n"
+    format: str | None = None
+    columns: dict[str, str] | None = None
+
+
+@dataclass
+class Parsed:
+    """What became of every item of a file, or of all files of a source, in order."""
+
+    outcomes: list[tuple[Item | Broken, Conversation | Document | Problem]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    form: str = ""
+
+    @property
+    def rows(self) -> list[Conversation | Document]:
+        return [outcome for _, outcome in self.outcomes if not isinstance(outcome, Problem)]
+
+    @property
+    def problems(self) -> list[Problem]:
+        return [outcome for _, outcome in self.outcomes if isinstance(outcome, Problem)]
+
+
+@dataclass(frozen=True)
 class Span:
     """The rows of one source: `rows[start : start + count]`."""
 
@@ -409,11 +436,13 @@ def _object_items(text: str, position: int, ruler: _Ruler) -> Iterator[Item | Br
     """Objects back to back, blank space between them or none; one a line is the usual case."""
     one_per_line = _is_one_per_line(text)
     opening_keys: set[str] = set()
+    commas = False
     while (position := _skip(text, position)) < len(text):
-        if text[position] == ",":
-            message = "rows are separated by commas, but there is no '[' before the first and no ']' after the last"
-            yield _broken(ruler, position, position, message, lost=False)
-            position += 1
+        if text[position] in "," or (commas and text[position] == "]"):
+            if not commas:
+                message = "rows are separated by ',', but there is no '[' before the first; or take out the commas"
+                yield _broken(ruler, position, position, message, lost=False)
+            position, commas = position + 1, True
             continue
         end = text.find("\n", position) if one_per_line else -1
         item, position = _decode_row(text, position, ruler, opening_keys, end)
@@ -728,18 +757,20 @@ class Form:
 
     def describe(self, keys: Iterable[str]) -> str:
         present = set(keys)
-        return f"{self.name} ({', '.join(key for key in self.names.values() if key in present)})" if self.names else self.name
+        shown = [f"{name}: {key}" if self.name == "columns" else key for name, key in self.names.items() if key in present]
+        return f"{self.name} ({', '.join(shown)})" if self.names else self.name
 
 
 _KNOWN = [Form(name, NAMES[name]) for name in ("messages", "sharegpt", "alpaca")]
 _KNOWN += [Form("columns", {"prompt": prompt, "response": response, **_COMMON}) for prompt, response in _PAIRS]
-_KNOWN += [Form(name, NAMES[name]) for name in ("context", "text")]
+_KNOWN += [Form("context", NAMES["context"])]
+_TEXT = Form("text", NAMES["text"])
 
 
 def recognise(row: dict[str, Any], want: Want) -> Form | None:
     """The form whose keys the row has; for prompts the answer may be missing."""
     if want == "text":
-        return _KNOWN[-1] if "text" in row else None
+        return _TEXT if "text" in row else None
     for need in ("answers", "prompts") if want == "prompts" else ("answers",):
         for form in _KNOWN:
             if all(key in row for key in form.needs(need)):
@@ -783,15 +814,18 @@ def _text_hint(want: Want) -> str:
     return "; `stage: {kind: pretrain}` learns plain text; or name the keys: columns: {prompt: KEY, response: KEY}"
 
 
-def choose_forms(
-    rows: list[Any], format: str | None, columns: dict[str, str] | None, want: Want
-) -> tuple[Form, Callable[[Any], Form]]:
+def choose_forms(rows: list[Any], reading: Reading) -> tuple[Form, Callable[[Any], Form]]:
     """The main form of a file's rows, and a function that gives the form of each row.
 
     Rows may differ in form where each is recognisable; a row that is not is read, and refused, as the main form.
     """
-    if columns is not None or format is not None:
-        form = form_of_columns(columns, format, want) if columns is not None else form_of_format(str(format), want)
+    want = reading.want
+    if reading.columns is not None or reading.format is not None:
+        form = (
+            form_of_columns(reading.columns, reading.format, want)
+            if reading.columns is not None
+            else form_of_format(str(reading.format), want)
+        )
         return form, lambda row: form
     known: dict[tuple[str, ...], Form | None] = {}
 
@@ -805,25 +839,25 @@ def choose_forms(
     forms = Counter(form.name + str(form.names) for row in objects if (form := find(row)))
     if forms:
         best = forms.most_common(1)[0][0]
-        main = next(form for form in _KNOWN if form.name + str(form.names) == best)
+        main = next(form for form in (*_KNOWN, _TEXT) if form.name + str(form.names) == best)
     else:
         main = _nearest_form(objects, want)
-    return main, lambda row: (isinstance(row, dict) and find(row)) or main
+    return main, lambda row: (find(row) if isinstance(row, dict) else None) or main
 
 
 def _nearest_form(objects: list[dict[str, Any]], want: Want) -> Form:
     """No row is whole: a form whose question is there, so that the error names the key that is missing; else an error."""
     if not objects:
         return Form("alpaca", NAMES["alpaca"])  # every row is refused as not-an-object
-    near = recognise(objects[0], "prompts")
-    if near and near.name != "text" and want != "text":
-        return near
     keys = list(objects[0])
-    if near and want != "text":
-        raise DataError("unknown-form", f"plain text rows (keys {_some(keys)}) have no answer{_text_hint(want)}")
     if want == "text":
         raise DataError("unknown-form", f"no key 'text' in the keys {_some(keys)}{_text_hint(want)}")
-    known = ", ".join(form.describe(form.names.values()) for form in _KNOWN if form.name != "columns")
+    near = recognise(objects[0], "prompts")
+    if near:
+        return near
+    if "text" in keys:
+        raise DataError("unknown-form", f"plain text (keys {_some(keys)}) has no question and no answer{_text_hint(want)}")
+    known = ", ".join(form.describe(form.names.values()) for form in (*_KNOWN, _TEXT) if form.name != "columns")
     raise DataError(
         "unknown-form", f"no known form in the keys {_some(keys)}\nknown: {known}\nor name the keys: {_columns_to_paste(keys)}"
     )
@@ -950,8 +984,10 @@ def load(
     bad: list[Problem] = []
     parts: list[tuple[Source, str, list[Any]]] = []
     for source in sources:
-        form, rows = _read_source(source, join, want, folder, notes, bad)
-        parts.append((source, form, rows))
+        parsed = _read_source(source, Reading(want, join, source.format, source.columns), folder)
+        parts.append((source, parsed.form, parsed.rows))
+        notes += parsed.notes
+        bad += parsed.problems
     if bad:
         raise UserError(_bad_rows(bad, sources))
     _check_variables(variables or {}, parts, system)
@@ -964,55 +1000,68 @@ def load(
     return Loaded(rows, notes, spans)
 
 
-def _read_source(
-    source: Source, join: str, want: Want, folder: Path | None, notes: list[str], bad: list[Problem]
-) -> tuple[str, list[Conversation | Document]]:
-    rows: list[Conversation | Document] = []
-    forms: list[str] = []
+def _read_source(source: Source, reading: Reading, folder: Path | None) -> Parsed:
+    """All files of a source, up to its `max_samples`. Raises UserError for a file that cannot be read at all."""
+    whole = Parsed()
     for path, name in find_files(source.path, folder):
-        left = None if source.max_samples is None else source.max_samples - len(rows)
+        left = None if source.max_samples is None else source.max_samples - len(whole.outcomes)
         if left is not None and left <= 0:
-            notes.append(f"{name}: not read (max_samples {source.max_samples} reached)")
+            whole.notes.append(f"{name}: not read (max_samples {source.max_samples} reached)")
             continue
         try:
-            form, read = _read_file(path, name, source, join, want, left, notes, bad)
+            file = open_file(path, name)
+            parsed = parse_items(file, list(islice(file.items, left)), reading)
         except DataError as error:
-            place = f"{name}:{error.line}" + (f":{error.column}" if error.column else "")
-            raise UserError(f"{place}: {error}" if error.kind != "missing-file" else str(error)) from None
-        rows += read
-        forms.append(form)
-    return "+".join(dict.fromkeys(forms)), rows
+            raise UserError(str(error) if error.kind == "missing-file" else f"{problem_of(name, error).place}: {error}") from None
+        if left is not None and left == len(parsed.outcomes) and parsed.notes:
+            parsed.notes[0] += f"; only the first {left} (max_samples {source.max_samples})"
+        whole.outcomes += parsed.outcomes
+        whole.notes += parsed.notes
+        whole.form = "+".join(dict.fromkeys([*filter(None, [whole.form]), parsed.form]))
+    return whole
 
 
-def _read_file(
-    path: Path, name: str, source: Source, join: str, want: Want, limit: int | None, notes: list[str], bad: list[Problem]
-) -> tuple[str, list[Conversation | Document]]:
-    file = open_file(path, name)
-    items = [item for item in islice(file.items, limit)]
-    good = [item for item in items if isinstance(item, Item)]
-    bad += [Problem(name, item.line, item.kind, item.message, column=item.column) for item in items if isinstance(item, Broken)]
+def parse_items(file: File, items: list[Item | Broken], reading: Reading) -> Parsed:
+    """The records of a file's items and what is wrong with the others, in order.
+
+    Raises DataError where nothing can be read: no rows at all, no form known for any of them, columns that no row has.
+    """
     if not items:
         raise DataError("empty-file", "the file has no rows")
-    if not good:
-        return "", []
-    values = [item.value for item in good]
-    main, form_of = choose_forms(values, source.format, source.columns, want)
-    keys = Counter(key for value in values if isinstance(value, dict) for key in value)
-    if source.columns is not None:
-        notes += _check_columns(main, keys, want)
-    rows: list[Conversation | Document] = []
+    good = [item.value for item in items if isinstance(item, Item)]
+    keys = Counter(key for value in good if isinstance(value, dict) for key in value)
+    parsed = Parsed()
+    try:
+        main, form_of = choose_forms(good, reading)
+        if reading.columns is not None and keys:
+            parsed.notes += _check_columns(main, keys, reading.want)
+    except DataError as error:
+        error.line = next((item.line for item in items if isinstance(item, Item)), 1)
+        if len(good) < len(items):  # what is broken is told first: it may be why no row makes sense
+            return Parsed([(item, problem_of(file.name, item)) for item in items if isinstance(item, Broken)])
+        raise
     used: Counter[str] = Counter()
-    for item in good:
+    for item in items:
+        if isinstance(item, Broken):
+            parsed.outcomes.append((item, problem_of(file.name, item)))
+            continue
         form = form_of(item.value)
         try:
-            record = parse_row(item.value, form, want, join)
+            record = parse_row(item.value, form, reading.want, reading.join)
         except DataError as error:
-            bad.append(Problem(name, item.line, error.kind, str(error)))
+            parsed.outcomes.append((item, Problem(file.name, item.line, error.kind, str(error))))
             continue
-        rows.append(replace(record, where=f"{name}:{item.line}", meta={"row": item.value}))
+        parsed.outcomes.append((item, replace(record, where=f"{file.name}:{item.line}", meta={"row": item.value})))
         used[form.describe(keys)] += 1
-    notes += _file_notes(file, len(rows), limit, used, main, keys)
-    return main.name, rows
+    parsed.notes[:0] = _file_notes(file, used, main, keys, reading.want)
+    parsed.form = main.name
+    return parsed
+
+
+def problem_of(name: str, found: Broken | DataError) -> Problem:
+    """The place and the kind of what cannot be read: a stretch of the file `name`, or all of it."""
+    message = found.message if isinstance(found, Broken) else str(found)
+    return Problem(name, found.line, found.kind, message, column=found.column)
 
 
 def _check_columns(form: Form, keys: Counter[str], want: Want) -> list[str]:
@@ -1031,15 +1080,15 @@ def _check_columns(form: Form, keys: Counter[str], want: Want) -> list[str]:
     return notes
 
 
-def _file_notes(file: File, count: int, limit: int | None, used: Counter[str], main: Form, keys: Counter[str]) -> list[str]:
+def _file_notes(file: File, used: Counter[str], main: Form, keys: Counter[str], want: Want) -> list[str]:
+    count = sum(used.values())
     said = ", ".join(f"{form} {number}" for form, number in used.items()) if len(used) > 1 else "".join(used)
     line = f"{file.name}: {count} row{'s' if count != 1 else ''}, form{'s' if len(used) > 1 else ''} {said}"
-    line += f", only the first {limit} (max_samples)" if limit is not None and count == limit else ""
     unused = [key for key in keys if key not in main.names.values()]
     if unused and len(used) == 1 and main.names:
         line += f"; keys not used: {', '.join(unused[:8])}"
     more = [note if note.startswith(file.name) else f"{file.name}: {note}" for note in file.notes]
-    if "label" in unused and main.name != "text":
+    if want == "answers" and "label" in unused:
         more.append(f"{file.name}: the key 'label' is not used: if it marks good and bad answers (KTO), both are learned here")
     return [line, *more]
 
@@ -1055,7 +1104,8 @@ def _bad_rows(bad: list[Problem], sources: Sequence[Source]) -> str:
     files = list(dict.fromkeys(problem.file for problem in bad))
     columns = next((source.columns for source in sources if source.columns and files[0].startswith(source.path.rstrip("/"))), None)
     option = " --columns " + ",".join(f"{name}={key}" for name, key in columns.items()) if columns else ""
-    lines.append(f"glmtune data check {' '.join(files[:3])}{option} lists them all; --fix OUT writes a cleaned copy")
+    if not {problem.kind for problem in bad} <= {"preference-row", "tool-turn"}:  # good rows, for another stage
+        lines.append(f"glmtune data check {' '.join(files[:3])}{option} lists them all; --fix OUT writes a cleaned copy")
     return "\n".join(lines)
 
 
@@ -1095,7 +1145,7 @@ def _check_variables(variables: dict[str, str], parts: list[tuple[Source, str, l
             raise UserError(f"variables: '{name}' fills {{{{{name}}}}}, which stands in no row; {there}{did_you_mean(name, found)}")
 
 
-def _passes(rows: list[Record], weight: float, path: str) -> list[Record]:
+def _passes(rows: list[Any], weight: float, path: str) -> list[Any]:
     """A source's rows as often as its weight says: 2 is every row twice, 0.5 a fixed half of them, 1.5 all and a half."""
     whole, part = divmod(weight, 1)
     order = sorted(range(len(rows)), key=lambda index: _hash(f"0 {index}"))

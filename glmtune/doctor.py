@@ -11,7 +11,18 @@ from typing import Any
 from . import __version__, families
 from .families import smollm2
 
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "pydantic", "peft", "bitsandbytes", "gradio", "fastapi", "tensorboard")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "pydantic",
+    "peft",
+    "bitsandbytes",
+    "gradio",
+    "fastapi",
+    "tensorboard",
+)
 
 
 def machine() -> dict[str, Any]:
@@ -25,7 +36,9 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "processor": f"{platform.machine()}, {psutil.cpu_count(logical=False)} cores, torch uses {torch.get_num_threads()} threads",
-        "bf16 on the processor": "fast (by its flags)" if families.fast_bf16(cpu) else "slow or absent (by its flags): fp32 is used",
+        "bf16 on the processor": "fast (by its flags)"
+        if families.fast_bf16(cpu)
+        else "slow or absent (by its flags): fp32 is used",
         "memory": f"{psutil.virtual_memory().total / 1e9:.1f} GB, {psutil.virtual_memory().available / 1e9:.1f} GB free",
         "cards": cards(),
         "cache": _cache(),
@@ -91,7 +104,9 @@ def model(name: str | Path, say=lambda text: None) -> dict[str, Any]:
     config = families.config_of(place.base)
     shapes = families.tensor_shapes(place.base)
     parameters = families.num_parameters(place.base)
-    template = families.open_template(place.adapter if place.adapter and (place.adapter / "tokenizer.json").is_file() else place.base, place.template)
+    template = families.open_template(
+        place.adapter if place.adapter and (place.adapter / "tokenizer.json").is_file() else place.base, place.template
+    )
     tokens = template.tokens
     return {
         "model": place.name,

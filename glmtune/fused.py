@@ -272,7 +272,12 @@ def _chunk_nll(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weights_
 def _sites(block: Any) -> list[list[Any]]:
     """The linear layers of a block, those with the same input together."""
     attention, mlp = block.self_attn, block.mlp
-    return [[attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
+    return [
+        [attention.q_proj, attention.k_proj, attention.v_proj],
+        [attention.o_proj],
+        [mlp.gate_proj, mlp.up_proj],
+        [mlp.down_proj],
+    ]
 
 
 def _adapters(model: Any) -> list[nn.Parameter]:
@@ -404,7 +409,9 @@ class _Plan:
         index = torch.cat([group.index_SL.flatten() for group in self.groups])
         self.place_T = torch.empty_like(real)
         self.place_T[index[real]] = real  # where in the groups, one after another, each token stands
-        self.lowest = next((i for i, sites in enumerate(self.sites) if any(site.A_Ri is not None for site in sites)), len(self.sites))
+        self.lowest = next(
+            (i for i, sites in enumerate(self.sites) if any(site.A_Ri is not None for site in sites)), len(self.sites)
+        )
 
     def qk_norms(self, block: Any) -> tuple[tuple[Tensor | None, float], ...]:
         """Weight and epsilon of the norms of q, k and v heads."""

@@ -62,7 +62,9 @@ def _generator(sampling: Sampling, device: Any) -> Any:
     return generator
 
 
-def _steps(model: Any, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], pad_id: int, sampling: Sampling) -> Iterator[list[int]]:
+def _steps(
+    model: Any, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], pad_id: int, sampling: Sampling
+) -> Iterator[list[int]]:
     """One list per decoding step: the next token of each row, or -1 for a row that has ended. Prompts are padded on the left."""
     import torch
     from transformers import DynamicCache
@@ -71,7 +73,9 @@ def _steps(model: Any, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int]
     longest = max(len(prompt) for prompt in prompts)
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and longest >= limit:
-        raise UserError(f"the prompt has {longest} tokens; this model reads {limit} at most. Shorten it, or start a new conversation (/clear)")
+        raise UserError(
+            f"the prompt has {longest} tokens; this model reads {limit} at most. Shorten it, or start a new conversation (/clear)"
+        )
     ids = torch.tensor([[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     cache = DynamicCache(config=model.config)
@@ -81,7 +85,9 @@ def _steps(model: Any, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int]
     budget = min(sampling.max_new_tokens, limit - longest if limit is not None else sampling.max_new_tokens)
     for _ in range(budget):
         with torch.inference_mode():
-            out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out = model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
             ids = pick(out.logits[:, -1], sampling, generator).unsqueeze(-1)
         tokens = ids.squeeze(-1).tolist()
         emitted = [token if live else -1 for token, live in zip(tokens, alive)]

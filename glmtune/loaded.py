@@ -36,7 +36,13 @@ class Loaded:
 
 
 def load(
-    path_or_id: str | Path, *, dtype: Any = "auto", device: Any = "auto", quant: None = None, adapter: str | Path | None = None, say=lambda text: None
+    path_or_id: str | Path,
+    *,
+    dtype: Any = "auto",
+    device: Any = "auto",
+    quant: None = None,
+    adapter: str | Path | None = None,
+    say=lambda text: None,
 ) -> Loaded:
     """A model with tokenizer, template and (from a run's folder, or `adapter`) what was trained.
 
@@ -56,7 +62,9 @@ def load(
         roomy = target.type == "cpu" and families.num_parameters(place.base) * 4 < psutil.virtual_memory().total / 3
         dtype = torch.float32 if roomy or not families.fast_bf16(target) else torch.bfloat16
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(dtype, dtype)
-    template = families.open_template(place.base if place.adapter is None or not (place.adapter / "tokenizer.json").is_file() else place.adapter, place.template)
+    template = families.open_template(
+        place.base if place.adapter is None or not (place.adapter / "tokenizer.json").is_file() else place.adapter, place.template
+    )
     model = families.load_model(place.base, dtype=dtype, device=target)
     methods.prepare(model, dtype)
     if place.adapter is not None:

@@ -103,9 +103,9 @@ def prepare(model: nn.Module, compute: torch.dtype) -> None:
             parameter.data = parameter.data.float()
 
 
-def blocks(model: nn.Module) -> dict[str, Linear]:
+def blocks(model: Any) -> dict[str, Linear]:
     """The linear layers that adapters go on: all but the output head."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = model.get_output_embeddings()
     return {name: module for name, module in model.named_modules() if isinstance(module, Linear) and module is not head}
 
 
@@ -260,7 +260,9 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
         raise UserError(f"{folder} is not an adapter: it needs adapter_config.json and adapter_model.safetensors; there: {there}")
     config = json.loads(config_path.read_text(encoding="utf-8"))
     if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("modules_to_save"):
-        raise UserError(f"{config_path}: only plain LoRA adapters can be loaded; this one is {config.get('peft_type')} with other parts")
+        raise UserError(
+            f"{config_path}: only plain LoRA adapters can be loaded; this one is {config.get('peft_type')} with other parts"
+        )
     tensors = read_tensors(weights_path)
     if any(not isinstance(m, Linear) for m in model.modules() if type(m) is nn.Linear):
         prepare(model, next(model.parameters()).dtype)
@@ -277,7 +279,9 @@ def _load_lora(model: nn.Module, tensors: dict[str, Tensor], config: dict[str, A
         if A is None or B is None or layer is None:
             wrong.append(f"{name}: {'no such layer in this model' if layer is None else 'A or B is missing'}")
         elif A.shape[1] != layer.in_features or B.shape[0] != layer.out_features or A.shape[0] != B.shape[1]:
-            wrong.append(f"{name}: A {list(A.shape)} and B {list(B.shape)} do not fit a layer of {layer.in_features} -> {layer.out_features}")
+            wrong.append(
+                f"{name}: A {list(A.shape)} and B {list(B.shape)} do not fit a layer of {layer.in_features} -> {layer.out_features}"
+            )
         else:
             used.add(name)
     if wrong or not used:

@@ -5,7 +5,7 @@ Errors are collected, name the option by its dotted path, say what came and what
 
 import re
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -35,9 +35,7 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads `2e-4` as a string; everybody who writes it means a number."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -231,7 +229,7 @@ def document(model: type[Options], path: str = "") -> Iterator[tuple[str, str, s
         if registry:
             yield here, " | ".join(registry), default, field.description or ""
             for kind, group in registry.items():
-                yield from ((n.replace(f"{here}.", f"{here}.{kind}.", 1), *r) for n, *r in document(group, here + ".") if not n.endswith(".kind"))
+                yield from (row for row in document(group, f"{here}.{kind}.") if not row[0].endswith(".kind"))
             continue
         inner = _inner_group(annotation)
         if inner is None:
@@ -265,12 +263,14 @@ def _type_name(annotation: Any) -> str:
         return f"map of {_type_name(args[0])} to {_type_name(args[1])}"
     if _is_group(annotation):
         return "group"
-    return {"str": "text", "int": "integer", "float": "number", "bool": "true | false"}.get(annotation.__name__, annotation.__name__)
+    return {"str": "text", "int": "integer", "float": "number", "bool": "true | false"}.get(
+        annotation.__name__, annotation.__name__
+    )
 
 
 def _show(value: Any) -> str:
     if isinstance(value, Options):
         return str(getattr(value, "kind", ""))
-    return {"None": "null", "True": "true", "False": "false"}.get(repr(value), str(value))
-
-
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -97,7 +97,9 @@ def _learning_rate(run: Run) -> list[str]:
     if given is None:
         return [f"learning rate {usual:g}, the default of method {run.method.kind}"]
     if not usual / 10 < given < usual * 10:
-        return [f"warning: optim.lr={given:g} is {'above' if given > usual else 'below'} the usual {usual:g} of method {run.method.kind} by ten times or more"]
+        return [
+            f"warning: optim.lr={given:g} is {'above' if given > usual else 'below'} the usual {usual:g} of method {run.method.kind} by ten times or more"
+        ]
     return []
 
 
@@ -130,4 +132,3 @@ def _filled(text: str, variables: dict[str, str]) -> str:
 def _question(name: str, row: Conversation, template: Template, contains: list[str] | None, wanted: bool | None) -> Question:
     turns = row.turns[:-1] if row.turns[-1].role == "assistant" else row.turns
     return Question(name, turns[-1].text, template.prompt(replace(row, turns=turns)), contains, wanted)
-

@@ -22,7 +22,12 @@ def questions(sources: list[Source], loaded: Loaded, join: str | None = None) ->
 
 
 def predict(
-    loaded: Loaded, rows: list[Any], out: Path, sampling: Sampling, batch_size: int = 16, done: Callable[[int], None] = lambda count: None
+    loaded: Loaded,
+    rows: list[Any],
+    out: Path,
+    sampling: Sampling,
+    batch_size: int = 16,
+    done: Callable[[int], None] = lambda count: None,
 ) -> int:
     """Writes one JSON object per row to `out`: the row's own keys plus "prediction". Returns how many answers were made now.
 

@@ -1,8 +1,8 @@
 """The records that pass through the program. Frozen dataclasses without logic; see docs/architecture.md for the four hops.
 
-    a row of a file -> Conversation | Document            data.py
-    Conversation    -> Pieces -> Examples (token ids)     chat.py
-    Examples        -> Batch (tensors)                    batch.py
+a row of a file -> Conversation | Document            data.py
+Conversation    -> Pieces -> Examples (token ids)     chat.py
+Examples        -> Batch (tensors)                    batch.py
 """
 
 from dataclasses import dataclass, field

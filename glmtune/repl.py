@@ -63,7 +63,11 @@ class Chat:
             if rest:
                 self.system = rest
                 self.messages.clear()
-            console.print(f"(system: {self.system if self.system is not None else 'the model' + chr(39) + 's own default'})", style="dim", markup=False)
+            console.print(
+                f"(system: {self.system if self.system is not None else 'the model' + chr(39) + 's own default'})",
+                style="dim",
+                markup=False,
+            )
         elif name == "/regen":
             if not self.messages:
                 console.print("(there is nothing to answer again yet)", style="dim")

@@ -22,36 +22,48 @@ class Source(Options):
     """Where rows come from."""
 
     path: str = Field(description="a file (JSON, JSONL, CSV, txt; content decides, not the suffix) or a folder of such files")
-    format: str | None = Field(None, description="the rows' form (alpaca, context, messages, sharegpt, text ...); null: recognised from their keys")
-    columns: dict[str, str] | None = Field(None, description="which key holds what: {prompt: question, response: answer}")
-    weight: float = Field(1.0, gt=0, description="passes over this source per epoch: 2 reads every row twice, 0.5 half of them")
-    max_samples: Positive | None = Field(None, description="use the first n rows only")
-    system: str | None = Field(None, description="system prompt of rows that have none of their own")
+    format: str | None = Field(
+        default=None, description="the rows' form (alpaca, context, messages, sharegpt, text ...); null: recognised from their keys"
+    )
+    columns: dict[str, str] | None = Field(default=None, description="which key holds what: {prompt: question, response: answer}")
+    weight: float = Field(
+        default=1.0, gt=0, description="passes over this source per epoch: 2 reads every row twice, 0.5 half of them"
+    )
+    max_samples: Positive | None = Field(default=None, description="use the first n rows only")
+    system: str | None = Field(default=None, description="system prompt of rows that have none of their own")
 
 
 class Eval(Options):
     """The dev set that is looked at while training."""
 
-    data: list[Source] | None = Field(None, description="rows to evaluate on")
-    share: float = Field(0.0, ge=0, lt=1, description="instead of data: this share of the training rows, chosen by their content")
-    every_steps: Positive | None = Field(None, description="evaluate every n steps; null: at each epoch's end")
+    data: list[Source] | None = Field(default=None, description="rows to evaluate on")
+    share: float = Field(
+        default=0.0, ge=0, lt=1, description="instead of data: this share of the training rows, chosen by their content"
+    )
+    every_steps: Positive | None = Field(default=None, description="evaluate every n steps; null: at each epoch's end")
 
 
 class Probe(Options):
     """Questions answered before and after training, side by side in samples.jsonl and report.html."""
 
     path: str = Field(description="a file of rows; their answers, if any, are not used")
-    name: str | None = Field(None, description="name of this set in the tables; null: the file's name")
-    contains: list[str] | None = Field(None, description="an answer that contains one of these is counted as a hit (case ignored)")
-    wanted: bool = Field(True, description="whether a hit is what you want; false: it is a leak")
-    system: str | None = Field(None, description="system prompt for these questions; null: the run's own, else the model's default")
-    format: str | None = Field(None, description="as in data")
-    columns: dict[str, str] | None = Field(None, description="as in data")
+    name: str | None = Field(default=None, description="name of this set in the tables; null: the file's name")
+    contains: list[str] | None = Field(
+        default=None, description="an answer that contains one of these is counted as a hit (case ignored)"
+    )
+    wanted: bool = Field(default=True, description="whether a hit is what you want; false: it is a leak")
+    system: str | None = Field(
+        default=None, description="system prompt for these questions; null: the run's own, else the model's default"
+    )
+    format: str | None = Field(default=None, description="as in data")
+    columns: dict[str, str] | None = Field(default=None, description="as in data")
 
 
 class Sft(Options):
     kind: Literal["sft"] = "sft"
-    learn: Learn = Field("all", description="which turns are learned: all assistant turns, the last only, or everything (the prompt too)")
+    learn: Learn = Field(
+        default="all", description="which turns are learned: all assistant turns, the last only, or everything (the prompt too)"
+    )
 
 
 class Pretrain(Options):
@@ -65,10 +77,12 @@ class Lora(Options):
     """Low-rank adapters (arXiv 2106.09685), in PEFT's file format."""
 
     kind: Literal["lora"] = "lora"
-    rank: Positive = Field(8, description="rank of the update")
-    alpha: float = Field(16, gt=0, description="the update is scaled by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
-    targets: list[str] | None = Field(None, description="names of the linear layers to adapt; null: every linear layer of the blocks")
+    rank: Positive = Field(default=8, description="rank of the update")
+    alpha: float = Field(default=16, gt=0, description="the update is scaled by alpha / rank")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
+    targets: list[str] | None = Field(
+        default=None, description="names of the linear layers to adapt; null: every linear layer of the blocks"
+    )
 
 
 class Full(Options):
@@ -82,32 +96,42 @@ METHODS: dict[str, type[Options]] = {"lora": Lora, "full": Full}
 
 class AdamW(Options):
     kind: Literal["adamw"] = "adamw"
-    lr: float | None = Field(None, gt=0, description="learning rate; null: the method's own default, said aloud")
-    epochs: float = Field(3, gt=0, description="passes over the data")
-    steps: Positive | None = Field(None, description="instead of epochs: this many optimizer steps")
-    batch_size: Positive = Field(16, description="rows in one optimizer step; the cut into micro-batches follows from micro_tokens")
-    micro_tokens: Positive | None = Field(None, description="tokens computed at once; bounds memory, changes no result; null: chosen by length and device")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how the learning rate falls after warm-up")
-    warmup: float = Field(0.03, ge=0, description="below 1 a share of all steps, otherwise a number of steps")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
-    clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null: no clipping")
+    lr: float | None = Field(default=None, gt=0, description="learning rate; null: the method's own default, said aloud")
+    epochs: float = Field(default=3, gt=0, description="passes over the data")
+    steps: Positive | None = Field(default=None, description="instead of epochs: this many optimizer steps")
+    batch_size: Positive = Field(
+        default=16, description="rows in one optimizer step; the cut into micro-batches follows from micro_tokens"
+    )
+    micro_tokens: Positive | None = Field(
+        default=None, description="tokens computed at once; bounds memory, changes no result; null: chosen by length and device"
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="how the learning rate falls after warm-up"
+    )
+    warmup: float = Field(default=0.03, ge=0, description="below 1 a share of all steps, otherwise a number of steps")
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay")
+    clip: float | None = Field(default=1.0, gt=0, description="largest gradient norm; null: no clipping")
 
 
 OPTIMIZERS: dict[str, type[Options]] = {"adamw": AdamW}
 
 
 class Save(Options):
-    every_steps: Positive | None = Field(None, description="checkpoint every n steps; null: every 5 minutes and at each epoch's end")
-    keep: Positive = Field(2, description="checkpoints kept; the best one by dev loss is kept beside them")
+    every_steps: Positive | None = Field(
+        default=None, description="checkpoint every n steps; null: every 5 minutes and at each epoch's end"
+    )
+    keep: Positive = Field(default=2, description="checkpoints kept; the best one by dev loss is kept beside them")
 
 
 class Form(Options):
     """A chat format in your own words. `{content}` is the turn's text, `{stop}` the end mark."""
 
-    system: str = Field("{content}\n", description="how a system turn is written")
-    user: str = Field("{content}\n", description="how a user turn is written")
-    assistant: str = Field("{content}{stop}", description="how an answer is written; what stands before {content} belongs to the prompt")
-    stop: str | None = Field(None, description="the special token that ends an answer; null: the tokenizer's own end token")
+    system: str = Field(default="{content}\n", description="how a system turn is written")
+    user: str = Field(default="{content}\n", description="how a user turn is written")
+    assistant: str = Field(
+        default="{content}{stop}", description="how an answer is written; what stands before {content} belongs to the prompt"
+    )
+    stop: str | None = Field(default=None, description="the special token that ends an answer; null: the tokenizer's own end token")
 
     @field_validator("system", "user", "assistant")
     @classmethod
@@ -120,31 +144,48 @@ class Form(Options):
 class Run(Options):
     """One training run. Only model, data and out are required."""
 
-    model: str = Field(description="smollm2-135m-instruct (built in), a model folder, or a hub id such as Qwen/Qwen2.5-0.5B-Instruct")
+    model: str = Field(
+        description="smollm2-135m-instruct (built in), a model folder, or a hub id such as Qwen/Qwen2.5-0.5B-Instruct"
+    )
     data: list[Source] = Field(description="what to learn from: a path, a list of paths, or a list of groups")
     out: str = Field(description="the run's folder: adapter, log, samples, report, checkpoints")
     eval: Eval = Eval()
-    samples: list[Probe] | None = Field(None, description="questions answered before and after training; null: three rows of the data, []: none")
-    stage: Annotated[Options, Choice(STAGES)] = Field(Sft(), description="what is learned")
-    method: Annotated[Options, Choice(METHODS)] = Field(Lora(), description="which weights are trained")
-    optim: Annotated[Options, Choice(OPTIMIZERS)] = Field(AdamW(), description="how they are trained")
-    max_length: Positive = Field(1024, description="longest row, in tokens")
+    samples: list[Probe] | None = Field(
+        default=None, description="questions answered before and after training; null: three rows of the data, []: none"
+    )
+    stage: Annotated[Any, Choice(STAGES)] = Field(default=Sft(), description="what is learned")
+    method: Annotated[Any, Choice(METHODS)] = Field(default=Lora(), description="which weights are trained")
+    optim: Annotated[Any, Choice(OPTIMIZERS)] = Field(default=AdamW(), description="how they are trained")
+    max_length: Positive = Field(default=1024, description="longest row, in tokens")
     too_long: Literal["error", "skip", "cut-left-turns", "cut-answer"] = Field(
-        "error", description="what happens to longer rows: stop before training, leave out, cut the oldest turns, cut the last answer; always counted"
+        default="error",
+        description="what happens to longer rows: stop before training, leave out, cut the oldest turns, cut the last answer; always counted",
     )
-    system: str | None = Field(None, description="system prompt of rows without one; also the default of chat and predict afterwards")
+    system: str | None = Field(
+        default=None, description="system prompt of rows without one; also the default of chat and predict afterwards"
+    )
     template: Literal["auto", "plain", "chatml", "alpaca"] | Form = Field(
-        "auto", description="the chat format: auto is the model's own; or a group with system, user, assistant, stop"
+        default="auto", description="the chat format: auto is the model's own; or a group with system, user, assistant, stop"
     )
-    join: str | None = Field(None, description="what stands between instruction and input; null: a newline (alpaca template: its own heading)")
-    variables: dict[str, str] = Field({}, description="{{name}} in the data is replaced by variables.name")
-    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="of frozen weights and their products; sums and trained weights are fp32")
-    checkpointing: Literal["auto"] | bool = Field("auto", description="gradient checkpointing: less memory, a third more time")
-    device: str = Field("auto", description="auto | cpu | cuda | cuda:1 | mps")
+    join: str | None = Field(
+        default=None, description="what stands between instruction and input; null: a newline (alpaca template: its own heading)"
+    )
+    variables: dict[str, str] = Field(default={}, description="{{name}} in the data is replaced by variables.name")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        default="auto", description="of frozen weights and their products; sums and trained weights are fp32"
+    )
+    checkpointing: Literal["auto"] | bool = Field(
+        default="auto", description="gradient checkpointing: less memory, a third more time"
+    )
+    device: str = Field(default="auto", description="auto | cpu | cuda | cuda:1 | mps")
     save: Save = Save()
-    report_to: list[Literal["tensorboard", "wandb", "swanlab"]] = Field(["tensorboard"], description="where curves go besides report.html")
-    seed: int = Field(0, description="of order, initial weights and dropout")
-    resolved: dict[str, Any] | None = Field(None, description="written by train, read on resume: what was chosen where this file says auto or null")
+    report_to: list[Literal["tensorboard", "wandb", "swanlab"]] = Field(
+        default=["tensorboard"], description="where curves go besides report.html"
+    )
+    seed: int = Field(default=0, description="of order, initial weights and dropout")
+    resolved: dict[str, Any] | None = Field(
+        default=None, description="written by train, read on resume: what was chosen where this file says auto or null"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "Run":
@@ -174,8 +215,12 @@ def load_run(path: str | Path | None, overrides: Iterable[str] = (), **missing: 
     wanted = [name for name in ("model", "data", "out") if tree.get(name) in (None, "", [])]
     if wanted:
         listed = ", ".join(f"'{name}'" for name in wanted)
-        example = " ".join({"model": "model=smollm2-135m-instruct", "data": "data=train.json", "out": "out=runs/first"}[n] for n in wanted)
-        raise UserError(f"{listed} {'is' if len(wanted) == 1 else 'are'} missing; give {'it' if len(wanted) == 1 else 'them'} like this: {example}")
+        example = " ".join(
+            {"model": "model=smollm2-135m-instruct", "data": "data=train.json", "out": "out=runs/first"}[n] for n in wanted
+        )
+        raise UserError(
+            f"{listed} {'is' if len(wanted) == 1 else 'are'} missing; give {'it' if len(wanted) == 1 else 'them'} like this: {example}"
+        )
     folder = Path(path).parent if path is not None else Path()
     tree["data"] = _sources(tree["data"], folder)
     if isinstance(tree.get("eval"), dict) and tree["eval"].get("data") is not None:
@@ -191,7 +236,9 @@ def _sources(value: Any, folder: Path) -> Any:
     """A path, a group, or a list of either, as a list of groups; paths may be relative to the run file."""
     items = value if isinstance(value, list) else [value]
     groups = [{"path": item} if isinstance(item, str) else item for item in items]
-    return [{**g, "path": _near(g["path"], folder)} if isinstance(g, dict) and isinstance(g.get("path"), str) else g for g in groups]
+    return [
+        {**g, "path": _near(g["path"], folder)} if isinstance(g, dict) and isinstance(g.get("path"), str) else g for g in groups
+    ]
 
 
 def _near(path: str, folder: Path) -> str:

@@ -68,7 +68,11 @@ def print_plan(made: Plan, whole_sample: bool = False) -> None:
         f"{len(made.examples)} sequences, {total} tokens, {learned} of them learned ({100 * learned / total:.0f} %); lengths {histogram(made.lengths)}"
     )
     share = 100 * shape.trainable / shape.parameters
-    what = f"LoRA rank {run.method.rank} on {', '.join(sorted({n.split('.')[-1] for n in made.targets}))}" if made.targets else "every weight"
+    what = (
+        f"LoRA rank {run.method.rank} on {', '.join(sorted({n.split('.')[-1] for n in made.targets}))}"
+        if made.targets
+        else "every weight"
+    )
     console.print(f"{run.method.kind}: {shape.trainable:,} trainable parameters ({share:.2f} %), {what}")
     console.print(
         Text.assemble((f"sample {made.examples[0].where}, ", "cyan"), ("learned tokens", "bold green underline"), (":", "cyan"))
@@ -118,7 +122,9 @@ class Terminal(Screen):
             self.say(f"{line}  {left:.0f} s left")
 
     def asking(self, what: str, total: int) -> Callable[[int], None]:
-        bar = self._open(TextColumn(what), BarColumn(None), TextColumn("{task.completed}/{task.total}  left"), TimeRemainingColumn())
+        bar = self._open(
+            TextColumn(what), BarColumn(None), TextColumn("{task.completed}/{task.total}  left"), TimeRemainingColumn()
+        )
         task = bar.add_task(what, total=total)
         return lambda count: bar.advance(task, count)
 
@@ -148,7 +154,9 @@ def print_report(report: Report, limit: int = 3) -> None:
     if shown:
         console.print(pairs)
     out = escape(str(report.out))
-    console.print(f"next: [bold]glmtune chat {out}[/]   [bold]glmtune predict {out} questions.json --out answers.jsonl[/]   page: {out}/report.html")
+    console.print(
+        f"next: [bold]glmtune chat {out}[/]   [bold]glmtune predict {out} questions.json --out answers.jsonl[/]   page: {out}/report.html"
+    )
 
 
 def _percent(value: float | None) -> str:
@@ -162,4 +170,3 @@ def _short(text: str | None, limit: int = 160) -> str:
 
 def is_interactive() -> bool:
     return sys.stdin.isatty() and sys.stdout.isatty()
-

@@ -10,6 +10,7 @@ from typing import Any
 
 from .batch import Batch
 from .chat import Template, encode_document
+from .data import Want
 from .errors import UserError
 from .records import Conversation, Document, Example
 
@@ -32,7 +33,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Stage:
-    want: str  # what data.load is asked for: "answers" or "text"
+    want: Want  # what data.load is asked for
     encode: Callable[[Template, Sequence[Any], Limits], Encoded]
     loss: Callable[[Any, Batch], Any]  # (forward, batch) -> sum over learned tokens; the loop divides by the step's total weight
 
@@ -63,7 +64,9 @@ def encode_conversations(template: Template, rows: Sequence[Conversation], limit
             f"paste one of: max_length={len(longest.ids)}   too_long=skip   (also: too_long=cut-left-turns, too_long=cut-answer)"
         )
     if not made.examples:
-        raise UserError(f"none of the {len(rows)} rows can be trained on: " + "; ".join(f"{n} {why}" for why, n in made.counts.items()))
+        raise UserError(
+            f"none of the {len(rows)} rows can be trained on: " + "; ".join(f"{n} {why}" for why, n in made.counts.items())
+        )
     return made
 
 

@@ -75,7 +75,9 @@ def train(run: Run, *, resume: bool = False, screen: Screen | None = None) -> Re
     Raises UserError for everything the user can mend, before the model is loaded where possible; Interrupted after Ctrl-C, when a checkpoint has been written.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: training on several processes is not built yet; start one process")
+        raise UserError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: training on several processes is not built yet; start one process"
+        )
     screen = screen or Screen()
     out = Path(run.out)
     with _claimed(out, resume):
@@ -109,8 +111,14 @@ def _claimed(out: Path, resume: bool) -> Iterator[None]:
         raise UserError(f"out={out} is a file; name a folder")
     held = [p.name for p in out.iterdir() if p.name != ".lock"] if out.is_dir() else []
     if held and not resume:
-        doing = f"glmtune train {out / 'run.yaml'} --resume continues it" if (out / "run.yaml").is_file() else "it is not a run's folder"
-        raise UserError(f"out={out} is not empty ({', '.join(sorted(held)[:4])} ...) and is never overwritten: {doing}; or choose another out=")
+        doing = (
+            f"glmtune train {out / 'run.yaml'} --resume continues it"
+            if (out / "run.yaml").is_file()
+            else "it is not a run's folder"
+        )
+        raise UserError(
+            f"out={out} is not empty ({', '.join(sorted(held)[:4])} ...) and is never overwritten: {doing}; or choose another out="
+        )
     new = not out.is_dir()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -137,7 +145,11 @@ def _stored(out: Path, run: Run) -> Run | None:
             raise UserError(f"{out} holds no run.yaml, so there is nothing to resume there; choose another out=")
         return None
     stored = load_run(out / "run.yaml")
-    differing = list(options.differences({**options.plain(stored), "resolved": None, "out": None}, {**options.plain(run), "resolved": None, "out": None}))
+    differing = list(
+        options.differences(
+            {**options.plain(stored), "resolved": None, "out": None}, {**options.plain(run), "resolved": None, "out": None}
+        )
+    )
     if differing:
         raise UserError(
             f"{out} was started with other options: {'; '.join(differing[:4])}{' ...' if len(differing) > 4 else ''}\n"
@@ -166,7 +178,8 @@ def resolve(made: plan.Plan) -> dict[str, Any]:
         "lr": run.optim.lr or DEFAULT_LR[run.method.kind],
         "steps": steps,
         "checkpointing": run.checkpointing if run.checkpointing != "auto" else False,
-        "long_run": sum(made.lengths) * steps / max(1, batch.steps_per_epoch(len(made.examples), run.optim.batch_size)) > COMPILE_TOKENS,
+        "long_run": sum(made.lengths) * steps / max(1, batch.steps_per_epoch(len(made.examples), run.optim.batch_size))
+        > COMPILE_TOKENS,
         "data": made.fingerprint,
         "version": __version__,
     }
@@ -174,7 +187,9 @@ def resolve(made: plan.Plan) -> dict[str, Any]:
 
 def _same_data(settings: dict[str, Any], made: plan.Plan, out: Path) -> None:
     if settings["data"] != made.fingerprint:
-        raise UserError(f"the data, template or tokenizer changed since {out} was started, so it cannot be continued; put it back, or choose another out=")
+        raise UserError(
+            f"the data, template or tokenizer changed since {out} was started, so it cannot be continued; put it back, or choose another out="
+        )
 
 
 def _check_room(made: plan.Plan, settings: dict[str, Any], out: Path) -> None:
@@ -290,7 +305,9 @@ class _Training:
         methods.attach(self.model, options_.method, options_.seed)
         self.parameters = methods.trainable(self.model)
         path, _ = forward.choose_path(self.model, options_.method.kind, getattr(options_.method, "dropout", 0.0), self.device)
-        self.forward = forward.Forward(self.model, path, compile=path == "fused" and settings["long_run"] and forward.fused.compile_works())
+        self.forward = forward.Forward(
+            self.model, path, compile=path == "fused" and settings["long_run"] and forward.fused.compile_works()
+        )
         if self.forward.noise is not None or settings["checkpointing"]:
             self.model.train()
         if settings["checkpointing"] and path == "modules":
@@ -299,7 +316,9 @@ class _Training:
         decayed = [p for p in self.parameters.values() if p.ndim >= 2]
         others = [p for p in self.parameters.values() if p.ndim < 2]
         groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=settings["lr"], fused=self.device.type in ("cpu", "cuda"))
+        self.optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=settings["lr"], fused=self.device.type in ("cpu", "cuda")
+        )
         self.stage = STAGES[options_.stage.kind]
         self.trackers: list[Callable[[dict[str, Any]], None]] = []
         self.stopping = False
@@ -350,9 +369,22 @@ class _Training:
         self._save_result(self.out, final=True)
         samples = self._ask("after")
         report.write(self.out)
-        done = {"steps": self.state.step, "loss": self.state.last_loss, "dev_loss": self.state.best_loss, "seconds": round(self.state.seconds, 3)}
+        done = {
+            "steps": self.state.step,
+            "loss": self.state.last_loss,
+            "dev_loss": self.state.best_loss,
+            "seconds": round(self.state.seconds, 3),
+        }
         (self.out / "finished.json").write_text(json.dumps(done) + "\n", encoding="utf-8")
-        return Report(self.out, self.state.step, self.state.last_loss or 0.0, self.state.best_loss, self.state.seconds, samples, report.hits(samples))
+        return Report(
+            self.out,
+            self.state.step,
+            self.state.last_loss or 0.0,
+            self.state.best_loss,
+            self.state.seconds,
+            samples,
+            report.hits(samples),
+        )
 
     @contextlib.contextmanager
     def _catching_signals(self) -> Iterator[None]:
@@ -380,7 +412,9 @@ class _Training:
         chosen = [examples[row] for row in rows]
         concatenated = self.forward.concatenated
         for micro in batch.cut([len(e.ids) for e in chosen], self.settings["micro_tokens"], padded=not concatenated):
-            yield batch.collate([chosen[i] for i in micro], [rows[i] for i in micro], self.plan.template.tokens.pad_id, concatenated)
+            yield batch.collate(
+                [chosen[i] for i in micro], [rows[i] for i in micro], self.plan.template.tokens.pad_id, concatenated
+            )
 
     def _step(self, step: int, steps: int) -> dict[str, Any]:
         """One optimizer step on its rows. Raises UserError when the loss or the gradient is not a finite number."""
@@ -591,7 +625,7 @@ def save_tokenizer(base: Path, folder: Path, jinja: str) -> None:
 def _adapter_readme(run: Run, base: str, full: bool) -> str:
     system = f"\nIt was trained with the system prompt: {run.system!r}\n" if run.system else ""
     use = (
-        f'AutoModelForCausalLM.from_pretrained("THIS FOLDER")'
+        'AutoModelForCausalLM.from_pretrained("THIS FOLDER")'
         if full
         else f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "THIS FOLDER")'
     )

@@ -6,9 +6,9 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models; the suite runs on two processes
 
-import glmtune  # noqa: E402, F401  (sets how threads wait, before torch is loaded)
+import glmtune  # noqa: F401  (sets how threads wait, before torch is loaded)
 
-from . import tiny  # noqa: E402
+from . import tiny
 
 
 @pytest.fixture(scope="session")

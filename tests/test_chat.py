@@ -35,7 +35,23 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, chat.Templa
 # Texts with everything that goes wrong: blanks, newlines, special look-alikes, several scripts, emoji.
 text = st.one_of(
     st.text(min_size=1, max_size=30).filter(lambda t: not any("\ud800" <= c <= "\udfff" or "\ue000" <= c <= "\ue001" for c in t)),
-    st.sampled_from(["hi", "<|im_end|>", "</s>", "[gMASK]<sop>", "<|user|>\n", "\n\n x", " lead", "trail \n", "你好，世界", "👩‍👩‍👧", "### Response:\n", "{{ name }}", "[INST]"]),
+    st.sampled_from(
+        [
+            "hi",
+            "<|im_end|>",
+            "</s>",
+            "[gMASK]<sop>",
+            "<|user|>\n",
+            "\n\n x",
+            " lead",
+            "trail \n",
+            "你好，世界",
+            "👩‍👩‍👧",
+            "### Response:\n",
+            "{{ name }}",
+            "[INST]",
+        ]
+    ),
 )
 plain_text = st.text(alphabet="abc the?!é你好 123", min_size=1, max_size=20).filter(lambda t: t == t.strip())
 
@@ -119,10 +135,18 @@ def test_ids_equal_transformers_apply_chat_template(tmp_path):
     from transformers import AutoTokenizer
 
     folder = tiny.tokenizer(tmp_path)
-    messages = [{"role": "user", "content": "the cat\n"}, {"role": "assistant", "content": "sat 你好"}, {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    messages = [
+        {"role": "user", "content": "the cat\n"},
+        {"role": "assistant", "content": "sat 你好"},
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "y"},
+    ]
     theirs = AutoTokenizer.from_pretrained(folder)
     assert families.open_template(folder).encode(messages).ids == theirs.apply_chat_template(messages)["input_ids"]
-    assert families.open_template(folder).prompt(messages) == theirs.apply_chat_template(messages[:3], add_generation_prompt=True)["input_ids"]
+    assert (
+        families.open_template(folder).prompt(messages)
+        == theirs.apply_chat_template(messages[:3], add_generation_prompt=True)["input_ids"]
+    )
 
 
 def test_inner_turns_of_glm4_learn_the_next_header_and_the_last_the_end_token(templates):
@@ -135,7 +159,9 @@ def test_inner_turns_of_glm4_learn_the_next_header_and_the_last_the_end_token(te
 
 def test_learn_false_and_weight_reach_the_tokens(templates):
     template = templates["chatml"]
-    row = Conversation((Turn("user", "a"), Turn("assistant", "bb", learn=False), Turn("user", "c"), Turn("assistant", "d", weight=0.5)), weight=2.0)
+    row = Conversation(
+        (Turn("user", "a"), Turn("assistant", "bb", learn=False), Turn("user", "c"), Turn("assistant", "d", weight=0.5)), weight=2.0
+    )
     example = template.encode(row)
     assert [w for w in example.weights if w] == [1.0, 1.0]  # "d" and its stop mark: 0.5 of the turn times 2 of the row
     assert template.encode(row, "last").weights == example.weights
@@ -183,7 +209,10 @@ def test_a_template_that_trims_is_followed_and_counted(tmp_path):
     source = tiny.CHATML.replace("message['content']", "message['content'] | trim")
     template = families.open_template(tiny.tokenizer(tmp_path, source))
     messages = [{"role": "user", "content": " a "}, {"role": "assistant", "content": "b\n"}]
-    assert template.encode(messages).ids == template.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]).ids
+    assert (
+        template.encode(messages).ids
+        == template.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]).ids
+    )
     assert sum(template.differs.values()) == 1
 
 

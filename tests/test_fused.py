@@ -103,7 +103,9 @@ def test_long_segments_are_cut_into_query_blocks():
     assert_close(mine[1], theirs[1], 1e-4)
 
 
-@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("down_proj",), ("1.self_attn.o_proj", "2.mlp.up_proj"), ("0.mlp.gate_proj",)])
+@pytest.mark.parametrize(
+    "targets", [("q_proj", "v_proj"), ("down_proj",), ("1.self_attn.o_proj", "2.mlp.up_proj"), ("0.mlp.gate_proj",)]
+)
 def test_any_subset_of_layers_may_be_adapted(targets):
     model = tiny(targets=targets)
     ids, probe = packed(SEGMENTS)

@@ -26,7 +26,17 @@ def rows_file(tmp_path_factory) -> Path:
 
 
 def settings(model: Path, data: Path, out: Path, *more: str) -> list[str]:
-    return [f"model={model}", f"data={data}", f"out={out}", "precision=fp32", "optim.batch_size=4", "optim.lr=1e-2", "samples=[]", "report_to=[]", *more]
+    return [
+        f"model={model}",
+        f"data={data}",
+        f"out={out}",
+        "precision=fp32",
+        "optim.batch_size=4",
+        "optim.lr=1e-2",
+        "samples=[]",
+        "report_to=[]",
+        *more,
+    ]
 
 
 def go(model: Path, data: Path, out: Path, *more: str, resume: bool = False) -> training.Report:
@@ -89,7 +99,11 @@ def test_the_cut_into_micro_batches_changes_nothing(tiny_model, rows_file, tmp_p
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
-@pytest.mark.parametrize("more", [[], ["method=full", "optim.lr=1e-3"], ["method.dropout=0.2"], ["precision=bf16"]], ids=["lora", "full", "dropout", "bf16"])
+@pytest.mark.parametrize(
+    "more",
+    [[], ["method=full", "optim.lr=1e-3"], ["method.dropout=0.2"], ["precision=bf16"]],
+    ids=["lora", "full", "dropout", "bf16"],
+)
 def test_interrupted_and_resumed_is_bit_identical(tiny_model, rows_file, tmp_path, more):
     more = ["eval.share=0.2", "optim.epochs=3", *more]
     go(tiny_model, rows_file, tmp_path / "straight", *more)
@@ -118,7 +132,9 @@ def test_killed_at_any_moment_and_resumed_is_bit_identical(tiny_model, rows_file
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "glmtune", "train", *settings(tiny_model, rows_file, out, *more)]
     for steps in (1, 5, 9):
-        process = subprocess.Popen([*command, *(["--resume"] if out.exists() else [])], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [*command, *(["--resume"] if out.exists() else [])], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         deadline = time.monotonic() + 60
         while len(log_lines(out)) < steps and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)
@@ -185,9 +201,18 @@ def test_resume_after_the_data_changed_refuses(tiny_model, tmp_path):
 
 def test_a_step_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tiny_model, rows_file, tmp_path):
     with pytest.raises(UserError, match=r"no finite numbers.*last good checkpoint") as error:
-        go(tiny_model, rows_file, tmp_path / "a", "optim.lr=1e30", "optim.clip=null", "save.every_steps=1", "optim.schedule=constant", "optim.warmup=0")
+        go(
+            tiny_model,
+            rows_file,
+            tmp_path / "a",
+            "optim.lr=1e30",
+            "optim.clip=null",
+            "save.every_steps=1",
+            "optim.schedule=constant",
+            "optim.warmup=0",
+        )
     assert "lower learning rate" in str(error.value)
-    kept = [p for p in (tmp_path / "a" / "checkpoints").glob("step-*")]
+    kept = list((tmp_path / "a" / "checkpoints").glob("step-*"))
     assert kept and not (tmp_path / "a" / "finished.json").exists()
 
 
@@ -212,7 +237,16 @@ def test_no_room_while_saving_keeps_the_last_good_checkpoint(tiny_model, rows_fi
 
 
 def test_old_checkpoints_go_and_the_best_stays(tiny_model, rows_file, tmp_path):
-    go(tiny_model, rows_file, tmp_path / "a", "optim.steps=8", "save.every_steps=1", "eval.share=0.3", "eval.every_steps=1", "optim.lr=1")
+    go(
+        tiny_model,
+        rows_file,
+        tmp_path / "a",
+        "optim.steps=8",
+        "save.every_steps=1",
+        "eval.share=0.3",
+        "eval.every_steps=1",
+        "optim.lr=1",
+    )
     losses = {row["step"]: row["eval_loss"] for row in log(tmp_path / "a")}
     best = min(losses, key=losses.__getitem__)
     kept = {int(p.name[5:]) for p in (tmp_path / "a" / "checkpoints").glob("step-*")}
@@ -290,7 +324,11 @@ def test_the_saved_adapter_gives_peft_the_same_logits(tiny_model, rows_file, tmp
     go(tiny_model, rows_file, tmp_path / "a", "optim.steps=3")
     ids = torch.arange(40).unsqueeze(0)
     ours = glmtune.load(tmp_path / "a", dtype=torch.float32).model(ids).logits
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), tmp_path / "a" / "adapter").eval()(ids).logits
+    theirs = (
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), tmp_path / "a" / "adapter")
+        .eval()(ids)
+        .logits
+    )
     assert torch.equal(ours, theirs)
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)(ids).logits
     assert (ours - base).abs().max() > 1e-3

@@ -72,7 +72,9 @@ def _trained(path: Path) -> Path:
         steps = sorted((p for p in (path / "checkpoints").glob("step-*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
         if steps:
             return _trained(steps[-1])
-    raise UserError(f"{path} holds no trained adapter or model yet; finish the run first: glmtune train {path / 'run.yaml'} --resume")
+    raise UserError(
+        f"{path} holds no trained adapter or model yet; finish the run first: glmtune train {path / 'run.yaml'} --resume"
+    )
 
 
 def resolve(name: str, say=lambda text: None) -> Path:
@@ -89,7 +91,9 @@ def resolve(name: str, say=lambda text: None) -> Path:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
         near = did_you_mean(path.name, [*siblings, smollm2.NAME])
-        raise UserError(f"there is no model '{name}': no such folder{near}\nA model is {smollm2.NAME}, a folder, or a hub id like Qwen/Qwen2.5-0.5B-Instruct")
+        raise UserError(
+            f"there is no model '{name}': no such folder{near}\nA model is {smollm2.NAME}, a folder, or a hub id like Qwen/Qwen2.5-0.5B-Instruct"
+        )
     return _from_hub(name, say)
 
 
@@ -103,7 +107,9 @@ def _from_hub(name: str, say) -> Path:
         say(f"looking for {name} on the Hugging Face hub ...")
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
     except RepositoryNotFoundError:
-        raise UserError(f"there is no model '{name}' on the hub (or it needs a login: `hf auth login`), and no such folder here") from None
+        raise UserError(
+            f"there is no model '{name}' on the hub (or it needs a login: `hf auth login`), and no such folder here"
+        ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0][:120]
         raise UserError(
@@ -130,7 +136,9 @@ def tensor_shapes(folder: Path) -> dict[str, list[int]]:
         wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         missing = sorted(wanted - {p.name for p in files})
         if missing:
-            raise UserError(f"{folder} is not complete: {len(missing)} of {len(wanted)} weight files are missing ({missing[0]} ...)")
+            raise UserError(
+                f"{folder} is not complete: {len(missing)} of {len(wanted)} weight files are missing ({missing[0]} ...)"
+            )
         files = [p for p in files if p.name in wanted]
     if not files:
         raise UserError(f"{folder} holds no *.safetensors weights")
@@ -184,7 +192,9 @@ def pick_targets(wanted: Sequence[str] | None, names: Sequence[str]) -> list[str
             pattern = None
         found = [n for n in names if n == target or n.endswith("." + target) or (pattern is not None and pattern.fullmatch(n))]
         if not found:
-            raise UserError(f"lora target '{target}' matches no Linear layer; this model has {leaves}{did_you_mean(target, leaves)}")
+            raise UserError(
+                f"lora target '{target}' matches no Linear layer; this model has {leaves}{did_you_mean(target, leaves)}"
+            )
         chosen.update(found)
     return [name for name in names if name in chosen]
 
@@ -224,9 +234,13 @@ def pick_device(wanted: str = "auto") -> Any:
     try:
         device = torch.device(wanted)
     except RuntimeError:
-        raise UserError(f"device: '{wanted}' is not a device; wanted auto, cpu, cuda, cuda:1 or mps{did_you_mean(wanted, ['auto', 'cpu', 'cuda', 'mps'])}") from None
+        raise UserError(
+            f"device: '{wanted}' is not a device; wanted auto, cpu, cuda, cuda:1 or mps{did_you_mean(wanted, ['auto', 'cpu', 'cuda', 'mps'])}"
+        ) from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device: '{wanted}' is not there ({torch.cuda.device_count()} CUDA cards are visible); `glmtune doctor` says why")
+        raise UserError(
+            f"device: '{wanted}' is not there ({torch.cuda.device_count()} CUDA cards are visible); `glmtune doctor` says why"
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device: 'mps' is not there; use device=cpu")
     return device
@@ -275,7 +289,9 @@ def load_model(path: str | Path, *, dtype: Any = "auto", device: Any = "auto") -
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         kind = config_of(folder).get("model_type")
         reason = next((line for line in str(error).splitlines() if line.strip()), "")[:200]
-        raise UserError(f"{folder} (model_type '{kind}') cannot be opened by transformers without code from the checkpoint: {reason}") from None
+        raise UserError(
+            f"{folder} (model_type '{kind}') cannot be opened by transformers without code from the checkpoint: {reason}"
+        ) from None
     finally:
         logging.set_verbosity(held)
         logging.enable_progress_bar()

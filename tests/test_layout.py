@@ -1,0 +1,64 @@
+"""The house's laws: a file imports only from files above it, and the light ones stay light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import glmtune
+
+ROOT = Path(glmtune.__file__).parent
+# Top to bottom, as in docs/architecture.md: a file may import from those before it.
+ORDER = """errors records options run data check chat batch losses families.smollm2 families fused methods forward stages
+generate loaded estimate plan report training predict screen repl doctor cli __main__""".split()
+
+
+def imports(path: Path) -> set[str]:
+    """Names of the package's own modules that a file imports, also inside functions."""
+    package = path.parent.relative_to(ROOT).parts
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = list(package[: len(package) - node.level + 1])
+            if node.module:
+                found.add(".".join([*base, node.module]))
+            else:
+                found |= {".".join([*base, alias.name]) for alias in node.names}
+    return {name for name in found if name.split(".")[0] in {n.split(".")[0] for n in ORDER}}
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {name_of(path): path for path in ROOT.rglob("*.py") if name_of(path)}
+
+
+def test_every_file_has_its_place():
+    assert set(FILES) == set(ORDER)
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_file_imports_only_from_those_above_it(name):
+    below = set(ORDER[ORDER.index(name) :]) - {name}
+    assert not imports(FILES[name]) & below
+
+
+LIGHT = ["glmtune", "glmtune.cli", "glmtune.run", "glmtune.data", "glmtune.chat", "glmtune.plan", "glmtune.check"]
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_light_modules_pull_nothing_heavy(name):
+    code = f"import sys, {name}; print([m for m in ('torch', 'transformers', 'peft', 'datasets', 'matplotlib') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_no_code_of_a_checkpoint_and_no_pickle():
+    for name, path in FILES.items():
+        text = path.read_text(encoding="utf-8")
+        for banned in ("trust_remote_code=True", "torch.load(", "import pickle", "shell=True", "yaml.load(text)", "exec(", "eval("):
+            allowed = banned == "eval(" and (".eval()" in text)
+            assert allowed or banned not in text, (name, banned)
