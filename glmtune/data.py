@@ -237,9 +237,10 @@ def _every_other_byte_is_nul(data: bytes) -> bool:
 
 def _refuse_other_encoding(data: bytes, text: str, first: int, name: str) -> None:
     """A file of another encoding is one error; a few bad lines in a UTF-8 file are errors of those rows."""
-    foreign = [line for line in text.split("\n") if not line.isascii()]
+    lines = [line for line in text.split("\n") if line.strip()]
+    foreign = [line for line in lines if not line.isascii()]
     bad = sum(1 for line in foreign if _BAD_BYTES.search(line))
-    if bad * 2 <= len(foreign) and len(foreign) > 2:
+    if bad * 2 <= len(foreign) or bad * 10 <= len(lines):
         return
     line = data.count(b"\n", 0, first) + 1
     try:
@@ -262,7 +263,7 @@ def _iconv(encoding: str, name: str) -> str:
 def _refuse_bad_bytes(items: Iterator[Item | Broken], text: str) -> Iterator[Item | Broken]:
     for item in items:
         if isinstance(item, Item) and _holds_bad_bytes(item, text):
-            message = "the row has bytes that are not UTF-8"
+            message = "the row has bytes that are not UTF-8 (GBK or Latin-1?); write them as UTF-8"
             yield Broken(item.line, None, message, item.start, item.end, "encoding-damage")
         else:
             yield item
@@ -282,8 +283,8 @@ def _layout(text: str, start: int, suffix: str) -> tuple[Any, Iterator[Item | Br
     if suffix in (".csv", ".tsv"):
         return "csv", _csv_items(text, suffix), []
     if suffix in (".json", ".jsonl", ".ndjson"):
-        line, column = _Ruler(text).place(start)
-        if suffix == ".json" or not _has_json_lines(text):
+        if not _has_json_lines(text):
+            line, column = _Ruler(text).place(start)
             message = f"expected '[' or '{{' (JSON), got {_excerpt(text, start)}; CSV needs the suffix .csv, plain text .txt"
             raise DataError("malformed-json", message, line, column)
         return _objects(text, start)
@@ -328,7 +329,7 @@ _SAID = {
     "Expecting property name enclosed in double quotes": "expected a key in double quotes",
     "Illegal trailing comma before end of object": "a comma before '}'",
     "Illegal trailing comma before end of array": "a comma before ']'",
-    "Unterminated string starting at": "a string that does not end",
+    "Unterminated string starting at": "a string does not end",
     "Invalid control character at": "a raw line break or control character inside a string (write \\n, \\t)",
     "Invalid \\escape": "an invalid \\ escape (write \\\\ for a backslash)",
     "Invalid \\uXXXX escape": "an invalid \\u escape",
@@ -359,12 +360,15 @@ def _skip(text: str, position: int) -> int:
 
 def _excerpt(text: str, position: int) -> str:
     piece = text[position : position + 24].split("\n")[0].rstrip()
+    piece = "".join(character if character.isprintable() else f"\\u{ord(character):04x}" for character in piece)
     return f"'{piece}'" if piece else ("the end of the line" if position < len(text) else "the end of the file")
 
 
 def _array_items(text: str, start: int, ruler: _Ruler) -> Iterator[Item | Broken]:
     """The elements of the array that opens at `start`; goes on after every broken one."""
     opening_keys: set[str] = set()
+    closing = len(text.rstrip()) - 1
+    stop = closing if text[closing] == "]" else len(text)
     position, before = start + 1, "["
     while True:
         position = _skip(text, position)
@@ -385,9 +389,9 @@ def _array_items(text: str, start: int, ruler: _Ruler) -> Iterator[Item | Broken
         if before == "row":
             message = f"expected ','{_after_line(ruler, position)} between two rows, got {_excerpt(text, position)}"
             yield _broken(ruler, position, position, message, lost=False)
-        item, position = _decode_row(text, position, ruler, opening_keys)
+        item, position = _decode_row(text, position, ruler, opening_keys, stop)
         yield item
-        before = "row" if isinstance(item, Item) else "broken"
+        before = "broken" if isinstance(item, Broken) and item.kind == "malformed-json" else "row"
         if before == "broken" and position == len(text):
             return
 
@@ -420,7 +424,7 @@ def _wrapped_list(text: str, start: int) -> tuple[str, int, int] | None:
     if _skip(text, end) < len(text) or not isinstance(value, dict) or recognise(value, "prompts"):
         return None
     lists = [key for key, rows in value.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
-    if len(lists) != 1:
+    if len(lists) != 1 or {"role", "from"} & value[lists[0]][0].keys():  # a list of messages is a row's, not a file's
         return None
     position = _skip(text, start + 1)
     while True:  # the object is known to be well formed
@@ -444,18 +448,19 @@ def _object_items(text: str, position: int, ruler: _Ruler) -> Iterator[Item | Br
                 yield _broken(ruler, position, position, message, lost=False)
             position, commas = position + 1, True
             continue
-        end = text.find("\n", position) if one_per_line else -1
-        item, position = _decode_row(text, position, ruler, opening_keys, end)
+        line_end = text.find("\n", position) if one_per_line else -1
+        stop = line_end + 1 if line_end >= 0 else len(text)
+        item, position = _decode_row(text, position, ruler, opening_keys, stop)
         yield item
 
 
 def _is_one_per_line(text: str) -> bool:
-    lines = [line.strip() for line in islice(filter(str.strip, text.split("\n")), 1000)]
-    return sum(line.startswith("{") and line.endswith("}") for line in lines) * 2 >= len(lines)
+    opened = list(islice(re.finditer(r"^[ \t]*\{[^\n]*", text, re.MULTILINE), 1000))
+    return sum(line[0].rstrip().endswith("}") for line in opened) * 2 >= len(opened)
 
 
-def _decode_row(text: str, start: int, ruler: _Ruler, opening_keys: set[str], line_end: int = -1) -> tuple[Item | Broken, int]:
-    """The row that starts at `start`, and where the next one may start. A broken row ends at `line_end` where there is one."""
+def _decode_row(text: str, start: int, ruler: _Ruler, opening_keys: set[str], stop: int) -> tuple[Item | Broken, int]:
+    """The row that starts at `start`, and where the next one may start. A broken row ends at `stop` at the latest."""
     line = ruler.line(start)
     first = _OPENING_KEY.match(text, start)
     if first:
@@ -473,38 +478,43 @@ def _decode_row(text: str, start: int, ruler: _Ruler, opening_keys: set[str], li
         error = caught
     except ValueError as caught:  # an integer of thousands of digits
         error = json.JSONDecodeError(str(caught).split(";")[0], text, start)
-    end = _next_row(text, start, opening_keys, line_end)
-    return _broken_row(text, start, end, error, ruler, line_end), end
+    end = _next_row(text, start, opening_keys, stop)
+    return _broken_row(text, start, end, error, ruler), end
 
 
 _OPENING_KEY = re.compile(r'\{\s*("(?:[^"\\]|\\.)*")\s*:')
 
 
-def _next_row(text: str, start: int, opening_keys: set[str], line_end: int) -> int:
-    """Where reading goes on after a broken row: at the next object that opens with a key that rows open with, or the next line."""
-    stop = len(text) if line_end < 0 else line_end + 1
-    if not opening_keys:
-        return stop
-    match = re.compile(r"\{\s*(?:" + "|".join(map(re.escape, sorted(opening_keys))) + r")\s*:").search(text, start + 1, stop)
+def _next_row(text: str, start: int, opening_keys: set[str], stop: int) -> int:
+    """Where reading goes on after a broken row: at the next object that opens with a key that rows open with, or at `stop`."""
+    if text[start] != "{" and 0 < (line_end := text.find("\n", start)) < stop:
+        stop = line_end + 1  # not an object at all: every line of it is told
+    keys = "|".join(map(re.escape, sorted(opening_keys)))
+    pattern = r"\{\s*(?:" + keys + r")\s*:" if keys else r"(?<=\n)\{"
+    match = re.compile(pattern).search(text, start + 1, stop)
     return match.start() if match else stop
 
 
-def _broken_row(text: str, start: int, end: int, error: json.JSONDecodeError, ruler: _Ruler, line_end: int) -> Broken:
-    position, said = error.pos, error.msg
-    if position >= end:  # the decoder ran on into the next row: what is missing is missing before it
-        position = start + len(text[start:end].rstrip().rstrip(",").rstrip())
-        said = "Unterminated string starting at" if said.startswith(("Unterminated", "Invalid control")) else "the row does not end"
-    message = _SAID.get(said, said.lower())
-    if message.startswith("expected"):
-        message += _after_line(ruler, position)
-    if said != "the row does not end":
-        message += f", got {_excerpt(text, position)}" if message.startswith("expected") else f": {_excerpt(text, position)}"
+def _broken_row(text: str, start: int, end: int, error: json.JSONDecodeError, ruler: _Ruler) -> Broken:
+    position, message = error.pos, _SAID.get(error.msg, error.msg.lower())
+    row = text[start:end].rstrip().rstrip(",").rstrip()
+    if position >= end and error.msg.startswith(("Unterminated", "Invalid control")):  # the string ran on into the next row
+        position, message = start + len(row), "a string does not end"
+    elif position >= end:
+        position, message = start + len(row), "the row does not end: expected '}'"
+    elif error.msg.startswith("Invalid control") and text[position] in "\r\n":
+        message = "a string does not end before the line does (a line break inside it is written \\n)"
+    elif error.msg.startswith("Expecting property") and text[position] == "}":
+        message = "a comma before '}'"
+    elif message.startswith("expected"):
+        after = _after_line(ruler, position) if message == "expected ','" else ""
+        message += f"{after}, got {_excerpt(text, position)}"
     else:
-        message += ": expected '}'"
+        message += f": {_excerpt(text, position)}"
     opened, (line, column) = ruler.line(start), ruler.place(position)
     if line != opened:
         message += f" (in the row that starts in line {opened})"
-    if end == len(text) and line_end < 0 and "{" in text[position:]:
+    if "\n" in text[position:end].rstrip() and "{" in text[position:end]:
         message += "; what follows could not be read"
     return Broken(line, column, message, start, end)
 
@@ -668,7 +678,7 @@ def _role(given: Any, number: int) -> str:
     if not isinstance(given, str) or given not in _SPEAKERS:
         hint = did_you_mean(given, _SPEAKERS) if isinstance(given, str) else ""
         known = f"roles are {', '.join(ROLES)} (or human, gpt)"
-        raise DataError("unknown-role", f"message {number} has the unknown role {_show(given)}; {known}{hint}")
+        raise DataError("unknown-role", f"message {number} has the unknown role {given!r}; {known}{hint}")
     return _SPEAKERS[given]
 
 
@@ -836,13 +846,18 @@ def choose_forms(rows: list[Any], reading: Reading) -> tuple[Form, Callable[[Any
         return known[keys]
 
     objects = [row for row in rows if isinstance(row, dict)]
-    forms = Counter(form.name + str(form.names) for row in objects if (form := find(row)))
+    forms = Counter(found.name + str(found.names) for row in objects if (found := find(row)))
     if forms:
         best = forms.most_common(1)[0][0]
         main = next(form for form in (*_KNOWN, _TEXT) if form.name + str(form.names) == best)
     else:
         main = _nearest_form(objects, want)
-    return main, lambda row: (find(row) if isinstance(row, dict) else None) or main
+
+    def form_of(row: Any) -> Form:
+        found = find(row) if isinstance(row, dict) else None
+        return found or main
+
+    return main, form_of
 
 
 def _nearest_form(objects: list[dict[str, Any]], want: Want) -> Form:
@@ -907,7 +922,7 @@ def _require_keys(row: dict[str, Any], form: Form, want: Want) -> None:
         if key not in row:
             article = "an" if form.name[0] in "aeiou" else "a"
             raise DataError(
-                "missing-key",
+                "missing-key" if set(form.names.values()) & row.keys() else "unknown-form",
                 f"{article} '{form.name}' row needs the key '{key}'; this row has {_some(list(row))}{_mistyped(key, row)}",
             )
         if row[key] is None:
@@ -1010,9 +1025,14 @@ def _read_source(source: Source, reading: Reading, folder: Path | None) -> Parse
             continue
         try:
             file = open_file(path, name)
-            parsed = parse_items(file, list(islice(file.items, left)), reading)
+            items = list(islice(file.items, left))
         except DataError as error:
             raise UserError(str(error) if error.kind == "missing-file" else f"{problem_of(name, error).place}: {error}") from None
+        try:
+            parsed = parse_items(file, items, reading)
+        except DataError as error:  # of what is broken the first is told: it may be why no row makes sense
+            first = next((item for item in items if isinstance(item, Broken)), error)
+            raise UserError(f"{problem_of(name, first).place}: {problem_of(name, first).message}") from None
         if left is not None and left == len(parsed.outcomes) and parsed.notes:
             parsed.notes[0] += f"; only the first {left} (max_samples {source.max_samples})"
         whole.outcomes += parsed.outcomes
@@ -1037,10 +1057,9 @@ def parse_items(file: File, items: list[Item | Broken], reading: Reading) -> Par
             parsed.notes += _check_columns(main, keys, reading.want)
     except DataError as error:
         error.line = next((item.line for item in items if isinstance(item, Item)), 1)
-        if len(good) < len(items):  # what is broken is told first: it may be why no row makes sense
-            return Parsed([(item, problem_of(file.name, item)) for item in items if isinstance(item, Broken)])
         raise
-    used: Counter[str] = Counter()
+    used: Counter[int] = Counter()
+    forms: dict[int, Form] = {}
     for item in items:
         if isinstance(item, Broken):
             parsed.outcomes.append((item, problem_of(file.name, item)))
@@ -1052,8 +1071,10 @@ def parse_items(file: File, items: list[Item | Broken], reading: Reading) -> Par
             parsed.outcomes.append((item, Problem(file.name, item.line, error.kind, str(error))))
             continue
         parsed.outcomes.append((item, replace(record, where=f"{file.name}:{item.line}", meta={"row": item.value})))
-        used[form.describe(keys)] += 1
-    parsed.notes[:0] = _file_notes(file, used, main, keys, reading.want)
+        forms[id(form)] = form
+        used[id(form)] += 1
+    counts = Counter({forms[one].describe(keys): count for one, count in used.items()})
+    parsed.notes[:0] = _file_notes(file, counts, main, keys, reading.want)
     parsed.form = main.name
     return parsed
 
