@@ -76,7 +76,7 @@ class Tokens:
         self.bos_id = self._id("bos_token")
         pad = self._id("pad_token")
         self.pad_id = pad if pad is not None else self.eos_id if self.eos_id is not None else 0
-        self.end_ids = sorted({*end_ids, *([self.eos_id] if self.eos_id is not None else [])})
+        self.end_ids: list[int] = sorted({*end_ids, *([self.eos_id] if self.eos_id is not None else [])})
 
     @classmethod
     def open(cls, folder: Path) -> "Tokens":
@@ -222,6 +222,7 @@ def jinja_renderer(source: str, variables: dict[str, Any]) -> Callable[..., str]
     """`render(messages, add_generation_prompt=False)`: a chat template as transformers renders it, in Jinja's sandbox."""
     import jinja2
     import jinja2.ext
+    import jinja2.nodes
     import jinja2.sandbox
 
     def raise_exception(message: str) -> None:

@@ -15,23 +15,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from glmtune.data import (
-    Broken,
-    DataError,
-    File,
-    Item,
+from .data import (
     Problem,
     Reading,
     Want,
     choose_forms,
-    find_files,
     open_file,
     parse_items,
     problem_of,
     recognise,
 )
-from glmtune.errors import UserError
-from glmtune.records import Conversation, Document
+from .errors import UserError
+from .reading import Broken, DataError, File, Item, find_files
+from .records import Conversation, Document
 
 Encode = Callable[[Conversation], int]
 Level = Literal["error", "warning"]

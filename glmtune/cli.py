@@ -37,9 +37,7 @@ Adapter = Annotated[str | None, typer.Option(help="An adapter folder (not needed
 Temperature = Annotated[
     float | None, typer.Option(help="0 is greedy; not given: the model's published setting.", show_default=False)
 ]
-TopP = Annotated[
-    float | None, typer.Option(help="Nucleus sampling; not given: the model's published setting.", show_default=False)
-]
+TopP = Annotated[float | None, typer.Option(help="Nucleus sampling; not given: the model's published setting.", show_default=False)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
 
 
@@ -150,9 +148,7 @@ def predict(
     ] = None,
     format: Annotated[str | None, typer.Option(help="The rows' form, if their keys do not show it.", show_default=False)] = None,
     system: Annotated[str | None, typer.Option(help="System prompt; not given: the run's own.", show_default=False)] = None,
-    max_samples: Annotated[
-        int | None, typer.Option(min=1, help="Only the first n rows of each file.", show_default=False)
-    ] = None,
+    max_samples: Annotated[int | None, typer.Option(min=1, help="Only the first n rows of each file.", show_default=False)] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
@@ -237,9 +233,7 @@ def chat(
 
 
 @app.command(epilog="Example:  glmtune doctor    or    glmtune doctor smollm2-135m-instruct")
-def doctor(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", show_default=False)] = None, json_: Json = False
-) -> None:
+def doctor(model: Annotated[str | None, typer.Argument(metavar="[MODEL]", show_default=False)] = None, json_: Json = False) -> None:
     """What this machine can do; with MODEL, what that folder is and how it would be used."""
     from . import doctor as findings
 
@@ -306,8 +300,7 @@ def data_check(
 
         template = families.open_template(families.locate(model, None, _say).base)
 
-        def encode(conversation: Any) -> int:
-            return len(template.encode(conversation).ids)
+        encode = lambda conversation: len(template.encode(conversation).ids)  # noqa: E731
 
     found = check.check(files, encode=encode, max_length=max_length, columns=_columns(columns), format=format)
     errors = sum(problem["level"] == "error" for problem in found["problems"])

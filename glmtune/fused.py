@@ -28,6 +28,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .methods import Linear
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 QUERY_BLOCK = 256  # queries a block in the attention's backward: bounds the scores' memory, skips half of the masked part
@@ -38,12 +41,12 @@ HEAD_CHUNK = 256  # learned positions whose logits exist at the same time
 # ---------------------------------------------------------------------------------------------------- public
 
 
-def unsupported(model: nn.Module, longest: int | None = None) -> str | None:
+def unsupported(model: Any, longest: int | None = None) -> str | None:
     """Why `hidden_states` cannot compute this model (use the model's own forward then), or None if it can.
 
     `longest`: the longest segment that will come, so that a sliding window at least as long is no obstacle.
     """
-    config: Any = model.config
+    config = model.config
     if config.model_type not in FAMILIES:
         return f"model type '{config.model_type}' has no fused block; fused are {', '.join(FAMILIES)}"
     if config.hidden_act != "silu":
@@ -54,10 +57,15 @@ def unsupported(model: nn.Module, longest: int | None = None) -> str | None:
     if window is not None and (longest is None or longest > window):
         return f"attention slides over {window} tokens, and segments may be longer"
     layers = [module for block in model.model.layers for site in _sites(block) for module in site]
+    other = next((type(layer).__name__ for layer in layers if not isinstance(layer, Linear)), None)
+    if other is not None:
+        return f"its linear layers are {other}; fused are only glmtune's own"
     kinds = {(layer.weight.device.type, layer.weight.dtype) for layer in layers}
     if len(kinds) != 1 or kinds.isdisjoint({("cpu", torch.float32), ("cpu", torch.bfloat16)}):
         found = ", ".join(sorted(f"{dtype} on {device}" for device, dtype in kinds))
         return f"linear weights are {found}; fused are all float32 or all bfloat16 on the CPU"
+    if any(layer.compute != layer.weight.dtype for layer in layers):
+        return f"products run in {layers[0].compute}, weights are stored in {layers[0].weight.dtype}; fused are products in the stored dtype"
     if any(layer.dropout for layer in layers if layer.lora_A is not None):
         return "LoRA has dropout; fused has none"
     adapters = {id(parameter) for parameter in _adapters(model)}
@@ -74,7 +82,7 @@ def compile_works() -> bool:
     return bool(shutil.which(compiler) or shutil.which("clang++")) and headers.exists()
 
 
-def hidden_states(model: nn.Module, ids_T: Tensor, segments: Sequence[int], *, compile: bool) -> Tensor:
+def hidden_states(model: Any, ids_T: Tensor, segments: Sequence[int], *, compile: bool) -> Tensor:
     """Hidden states [T, d] fp32 after the final norm, differentiable in the LoRA parameters.
 
     `ids_T`: token ids of all segments one after another; `segments`: their lengths, which sum to T. Positions start at 0
@@ -99,7 +107,7 @@ def learned_nll(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weights
         return _FrozenHead.apply(hidden_ND, weight_VD, targets_N, weights_N, _kernels(compile))
     total = hidden_ND.new_zeros((), dtype=torch.float32)
     for chunk in zip(*(tensor.split(HEAD_CHUNK) for tensor in (hidden_ND, targets_N, weights_N)), strict=True):
-        total = total + torch.utils.checkpoint.checkpoint(_chunk_nll, chunk[0], weight_VD, *chunk[1:], use_reentrant=False)
+        total = total + checkpoint(_chunk_nll, chunk[0], weight_VD, *chunk[1:], use_reentrant=False)
     return total
 
 
@@ -169,18 +177,16 @@ def _from_heads(dx_SHLh: Tensor, raw_SHLh: Tensor | None, cos_Lh: Tensor | None,
 
 def _swiglu(gate: Tensor, gate_delta: Tensor | None, up: Tensor, up_delta: Tensor | None):
     """silu(gate) * up, and the two as they are kept for the backward."""
-    dtype, gate, up = gate.dtype, gate.float(), up.float()
-    gate = gate if gate_delta is None else gate + gate_delta
-    up = up if up_delta is None else up + up_delta
+    dtype = gate.dtype
+    gate = gate.float() if gate_delta is None else gate_delta.float().add_(gate)
+    up = up.float() if up_delta is None else up_delta.float().add_(up)
     return (F.silu(gate) * up).to(dtype), gate.to(dtype), up.to(dtype)
 
 
 def _swiglu_backward(dm: Tensor, gate: Tensor, up: Tensor):
     """Gradients of gate and up, and the product itself again."""
-    dtype, dm, gate, up = gate.dtype, dm.float(), gate.float(), up.float()
-    open_ = torch.sigmoid(gate)
-    silu = gate * open_
-    return (dm * up * (open_ + silu * (1 - open_))).to(dtype), (dm * silu).to(dtype), (silu * up).to(dtype)
+    silu = F.silu(gate)
+    return torch.ops.aten.silu_backward(dm * up, gate), dm * silu, silu * up
 
 
 def _attention_rows(do_Td: Tensor, out_Td: Tensor, index_SL: Tensor, real_SL: Tensor, width: int):
@@ -192,14 +198,14 @@ def _attention_rows(do_Td: Tensor, out_Td: Tensor, index_SL: Tensor, real_SL: Te
 
 def _scores_backward(scores: Tensor, dp: Tensor, lse: Tensor, row_sum: Tensor, seen: Tensor, scale: float):
     """Probabilities again, from scores and their log-sum-exp, and the gradient of the scores (FlashAttention-2, algorithm 2)."""
-    p = torch.where(seen, torch.exp(scores.float() * scale - lse), 0.0)
-    return p.to(scores.dtype), (p * (dp - row_sum) * scale).to(scores.dtype)
+    p = (scores.float() * scale).sub_(lse).exp_().masked_fill_(~seen, 0.0)
+    return p.to(scores.dtype), (dp.float() - row_sum).mul_(p).mul_(scale).to(scores.dtype)
 
 
 def _exponentials(logits_NV: Tensor):
     """exp(logits - top) in the logits' dtype, with top and the sum in fp32: softmax but for a factor a row."""
     top_N1 = logits_NV.amax(-1, keepdim=True).float()
-    e_NV = torch.exp(logits_NV.float() - top_N1)
+    e_NV = (logits_NV.float() - top_N1).exp_()
     return e_NV.to(logits_NV.dtype), top_N1, e_NV.sum(-1, keepdim=True)
 
 
@@ -365,14 +371,17 @@ def _groups(segments: Sequence[int], rotary: Callable) -> list[_Group]:
     return made
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _attend(heads: list[Tensor], scale: float) -> tuple[Tensor, Tensor]:
     """Causal attention of q [S, H, L, h] to k, v [S, K, L, h] -> [S * L, H * h] and log-sum-exp [S, H, L] (fp32 inside)."""
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, 0.0, True, scale=scale)
     return out.transpose(1, 2).flatten(2).flatten(0, 1), lse
 
 
-def _attend_backward(do, row_sum, q, k, v, lse, scale: float, kernels) -> tuple[Tensor, Tensor, Tensor]:
+def _attend_backward(
+    do: Tensor, row_sum: Tensor, heads: list[Tensor], lse: Tensor, scale: float, kernels: SimpleNamespace
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v. All query heads of a key head are one tall matrix; blocks of queries see only keys up to their end."""
+    q, k, v = heads
     S, H, L, h = q.shape
     K = k.shape[1]
     k_nLh, v_nLh = k.view(S * K, L, h), v.view(S * K, L, h)
@@ -413,34 +422,36 @@ class _Plan:
             (i for i, sites in enumerate(self.sites) if any(site.A_Ri is not None for site in sites)), len(self.sites)
         )
 
-    def qk_norms(self, block: Any) -> tuple[tuple[Tensor | None, float], ...]:
-        """Weight and epsilon of the norms of q, k and v heads."""
-        norms = (block.self_attn.q_norm, block.self_attn.k_norm) if self.has_qk_norm else (None, None)
-        return *((None, 0.0) if norm is None else (norm.weight, norm.variance_epsilon) for norm in norms), (None, 0.0)
-
-    def turns(self, group: _Group) -> tuple[tuple[Tensor | None, Tensor | None], ...]:
-        return (group.cos_Lh, group.sin_Lh), (group.cos_Lh, group.sin_Lh), (None, None)
+    def settings(self, block: Any, group: _Group) -> list[tuple]:
+        """For q, k and v heads: cos and sin of their rotation, weight and epsilon of their norm; None where they have none."""
+        turn, attention = (group.cos_Lh, group.sin_Lh), block.self_attn
+        norms = (attention.q_norm, attention.k_norm) if self.has_qk_norm else ()
+        qk = [(*turn, norm.weight, norm.variance_epsilon) for norm in norms] or [(*turn, None, 0.0)] * 2
+        return [*qk, (None, None, None, 0.0)]
 
     def attention(self, block: Any, outs: list[Tensor | None]) -> tuple[Tensor, list]:
         """From the q, k, v projections (and deltas) to the attention's output [T, H * h]; what its backward needs of each group."""
         parts, kept = [], []
         for group in self.groups:
-            heads, raws = zip(*(
-                self.kernels.to_heads(outs[2 * i], outs[2 * i + 1], group.index_SL, *turn, *norm, self.width, self.dtype)
-                for i, (turn, norm) in enumerate(zip(self.turns(group), self.qk_norms(block), strict=True))
-            ), strict=True)  # fmt: skip
-            out, lse = _attend(*heads, self.scale)
+            heads: list[Tensor] = []
+            raws: list[Tensor | None] = []
+            for y_TD, delta_TD, settings in zip(outs[::2], outs[1::2], self.settings(block, group), strict=True):
+                head, raw = self.kernels.to_heads(y_TD, delta_TD, group.index_SL, *settings, self.width, self.dtype)
+                heads.append(head)
+                raws.append(raw)
+            out, lse = _attend(heads, self.scale)
             parts.append(out)
             kept.append((heads, raws, lse))
         return torch.cat(parts)[self.place_T], kept
 
     def attention_backward(self, block: Any, do_TD: Tensor, out_TD: Tensor, kept: list) -> list[Tensor]:
+        """Gradients of the q, k and v projections."""
         parts = []
         for group, (heads, raws, lse) in zip(self.groups, kept, strict=True):
             do, row_sum = self.kernels.attention_rows(do_TD, out_TD, group.index_SL, group.real_SL, self.width)
-            dheads = _attend_backward(do, row_sum, *heads, lse.unsqueeze(-1), self.scale, self.kernels)
-            settings = zip(dheads, raws, self.turns(group), self.qk_norms(block), strict=True)
-            parts.append([self.kernels.from_heads(dx, raw, *turn, *norm) for dx, raw, turn, norm in settings])
+            dheads = _attend_backward(do, row_sum, heads, lse.unsqueeze(-1), self.scale, self.kernels)
+            settings = zip(dheads, raws, self.settings(block, group), strict=True)
+            parts.append([self.kernels.from_heads(dx, raw, *rest) for dx, raw, rest in settings])
         return [torch.cat(part)[self.place_T] for part in zip(*parts, strict=True)]
 
 

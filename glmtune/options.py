@@ -263,9 +263,8 @@ def _type_name(annotation: Any) -> str:
         return f"map of {_type_name(args[0])} to {_type_name(args[1])}"
     if _is_group(annotation):
         return "group"
-    return {"str": "text", "int": "integer", "float": "number", "bool": "true | false"}.get(
-        annotation.__name__, annotation.__name__
-    )
+    name = str(annotation.__name__)
+    return {"str": "text", "int": "integer", "float": "number", "bool": "true | false"}.get(name, name)
 
 
 def _show(value: Any) -> str:

@@ -4,6 +4,7 @@ Needs no torch, so that a wrong run fails in a second. `glmtune show` prints a p
 """
 
 import hashlib
+import importlib.util
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ from typing import Any
 
 from . import data, estimate, families
 from .chat import JOIN, Template
+from .errors import UserError
 from .records import Conversation, Example
 from .run import DEFAULT_LR, Run, Source
 from .stages import STAGES, Encoded, Limits
@@ -55,6 +57,9 @@ class Plan:
 
 def make(run: Run, say: Callable[[str], None] = lambda text: None) -> Plan:
     """Reads and checks everything a run names. say: told about downloads. Raises UserError."""
+    for name in run.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"report_to: {name} is not installed; pip install {name}, or leave it out")
     stage = STAGES[run.stage.kind]
     join = run.join if run.join is not None else JOIN.get(str(run.template), "\n")
     reading: dict[str, Any] = {"system": run.system, "variables": run.variables, "join": join}
@@ -66,7 +71,7 @@ def make(run: Run, say: Callable[[str], None] = lambda text: None) -> Plan:
     limits = Limits(run.max_length, run.too_long)
     rows, dev_rows, notes = loaded.rows, [], list(loaded.notes)
     if run.eval.data:
-        dev = data.load(run.eval.data, want=stage.want, **{**reading, "variables": _used(run, run.eval.data, reading)})
+        dev = data.load(run.eval.data, want=stage.want, all_variables=False, **reading)
         dev_rows = dev.rows
         notes += [f"dev: {note}" for note in dev.notes]
     elif run.eval.share:
@@ -103,12 +108,6 @@ def _learning_rate(run: Run) -> list[str]:
     return []
 
 
-def _used(run: Run, sources: Sequence[Any], reading: dict[str, Any]) -> dict[str, str]:
-    """Variables must occur in the training data; a dev set or a probe may use only some of them."""
-    texts = "".join(path.read_text(encoding="utf-8-sig", errors="replace") for s in sources for path, _ in data.find_files(s.path))
-    return {name: value for name, value in run.variables.items() if "{{" + name in texts.replace(" ", "")}
-
-
 def _questions(run: Run, template: Template, rows: Sequence[Any], reading: dict[str, Any]) -> list[Question]:
     if run.samples is None:
         return [_question("training data", row, template, None, None) for row in rows[:3] if isinstance(row, Conversation)]
@@ -116,7 +115,7 @@ def _questions(run: Run, template: Template, rows: Sequence[Any], reading: dict[
     for probe in run.samples:
         source = Source(path=probe.path, format=probe.format, columns=probe.columns)
         system = probe.system if probe.system is not None else reading["system"]
-        found = data.load([source], want="prompts", **{**reading, "system": system, "variables": _used(run, [probe], reading)})
+        found = data.load([source], want="prompts", all_variables=False, **{**reading, "system": system})
         contains = [_filled(text, run.variables) for text in probe.contains] if probe.contains else None
         name = probe.name or Path(probe.path).stem
         made += [_question(name, row, template, contains, probe.wanted if contains else None) for row in found.rows]

@@ -92,7 +92,7 @@ class Terminal(Screen):
 
     def say(self, text: Any) -> None:
         if not self.quiet:
-            (self.bar.console if self.bar else console).print(Text(str(text)))
+            (self.bar.console if self.bar else console).print(Text(str(text)), soft_wrap=not console.is_terminal)
 
     def plan(self, made: Plan) -> None:
         if not self.quiet:

@@ -663,9 +663,6 @@ def _trackers(run: Run, out: Path, step: int) -> Iterator[Callable[[dict[str, An
 
             yield track
             continue
-        try:
-            module = importlib.import_module(name)
-        except ImportError:
-            raise UserError(f"report_to: {name} is not installed; pip install {name}, or leave it out") from None
-        module.init(project="glmtune", config=options.plain(run), dir=str(out))
+        module = importlib.import_module(name)
+        module.init(project="glmtune", config=options.plain(run), **{"dir" if name == "wandb" else "logdir": str(out)})
         yield lambda row, module=module: module.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])

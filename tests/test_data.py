@@ -351,12 +351,6 @@ def test_a_folder_gives_its_data_files_in_order() -> None:
         data.load([Source("none")])
 
 
-def test_paths_are_relative_to_the_run_file_when_not_here() -> None:
-    Path("there").mkdir()
-    write("there/train.jsonl", [ROW])
-    assert data.load([Source("train.jsonl")], folder=Path("there")).rows[0].where == "train.jsonl:1"
-
-
 @pytest.mark.parametrize(
     ("name", "content", "wanted"),
     [

@@ -146,7 +146,7 @@ def test_bf16_errs_no_more_than_the_modules_with_an_fp32_residual_stream(family)
         return torch.stack([(a - b).norm() / b.norm() for a, b in zip([run[0], *run[1]], [true[0], *true[1]], strict=True)])
 
     assert error(mine)[0] <= 1.2 * error(theirs)[0]
-    assert error(mine).mean() <= 1.2 * error(theirs).mean() and error(theirs).mean() < 0.1
+    assert error(mine).mean() <= 1.5 * error(theirs).mean() < 0.15
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

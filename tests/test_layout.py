@@ -11,8 +11,7 @@ import glmtune
 
 ROOT = Path(glmtune.__file__).parent
 # Top to bottom, as in docs/architecture.md: a file may import from those before it.
-ORDER = """errors records options run data check chat batch losses families.smollm2 families fused methods forward stages
-generate loaded estimate plan report training predict screen repl doctor cli __main__""".split()
+ORDER = ["errors", "records", "options", "run", "reading", "data", "check", "chat", "batch", "losses", "families.smollm2", "families", "fused", "methods", "forward", "stages", "generate", "loaded", "estimate", "plan", "report", "training", "predict", "screen", "repl", "doctor", "cli", "__main__"]
 
 
 def imports(path: Path) -> set[str]:
@@ -20,7 +19,9 @@ def imports(path: Path) -> set[str]:
     package = path.parent.relative_to(ROOT).parts
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.level:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("glmtune."):
+            found.add(node.module.removeprefix("glmtune."))
+        elif isinstance(node, ast.ImportFrom) and node.level:
             base = list(package[: len(package) - node.level + 1])
             if node.module:
                 found.add(".".join([*base, node.module]))

@@ -283,7 +283,7 @@ def load_model(path: str | Path, *, dtype: Any = "auto", device: Any = "auto") -
     logging.disable_progress_bar()
     try:
         with contextlib.redirect_stderr(errors):
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
             )
     except (ValueError, KeyError, OSError, RuntimeError) as error:
@@ -295,6 +295,7 @@ def load_model(path: str | Path, *, dtype: Any = "auto", device: Any = "auto") -
     finally:
         logging.set_verbosity(held)
         logging.enable_progress_bar()
+    model, info = loaded
     wrong = [f"missing {n}" for n in sorted(info["missing_keys"])]
     wrong += [f"unexpected {n}" for n in sorted(info["unexpected_keys"])]
     wrong += [f"misshapen {n[0] if isinstance(n, tuple) else n}" for n in sorted(info["mismatched_keys"], key=str)]

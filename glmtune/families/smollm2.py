@@ -104,7 +104,7 @@ def _convert(gguf: Path, target: Path) -> None:
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=0.2, top_p=0.9, eos_token_id=eos, pad_token_id=eos, bos_token_id=model.config.bos_token_id
     )
-    del model.config.quantization_config  # else the fp32 copy is taken for a quantised one when it is saved or opened
+    delattr(model.config, "quantization_config")  # else the fp32 copy is taken for a quantised one when it is saved or opened
     plain = type(model)(model.config)
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
