@@ -548,7 +548,7 @@ def choose(wanted: "str | Form", tokens: Tokens, learn: Learn = "all") -> Templa
         if not tokens.chat_template:
             raise UserError(
                 f"this model brings no chat format; choose one: template={' | template='.join(FORMS)}\n"
-                "or write your own: template={user: 'Q: {content}\\n', assistant: 'A: {content}{stop}\\n'}"
+                'or write your own: \'template={user: "Q: {content}\\n", assistant: "A: {content}{stop}\\n"}\''
             )
         variables = {key: tokens.name(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
         render = jinja_renderer(tokens.chat_template, variables)

@@ -121,11 +121,7 @@ def show(
         screen.console.print(screen.token_table(made.template, example))
     import yaml
 
-    changed = {
-        key: value
-        for key, value in options.plain(run).items()
-        if value != options.plain(type(run)(model="", data=run.data, out="")).get(key)
-    }
+    changed = options.changed(options.plain(run), options.plain(type(run).model_construct(model="", data=[], out=run.out)))
     screen.console.print(Text("options that differ from the defaults:", "cyan"))
     screen.console.print(Text(yaml.safe_dump(changed, sort_keys=False, allow_unicode=True).rstrip()))
     screen.console.print(training.settings_line(settings_), markup=False)
@@ -215,7 +211,7 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Of sampling; not given: new every time.", show_default=False)] = None,
     device: Device = "auto",
 ) -> None:
-    """Talk to a model, or in a pipe answer each line."""
+    """Talk to a model. In a pipe, each line is one turn of the same conversation."""
     from .generate import Sampling
 
     given = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed}
@@ -311,7 +307,7 @@ def data_check(
             print(f"{problem['file']}:{problem['line']}: {problem['level']}: {problem['message']} [{problem['kind']}]")
         for note in found["notes"]:
             print(note)
-        print(f"{found['rows']} rows, {errors} errors, {len(found['problems']) - errors} warnings")
+        print(f"{found['rows']} rows, errors: {errors}, warnings: {len(found['problems']) - errors}")
     if fix is not None:
         said = check.fix(files, fix, columns=_columns(columns), format=format)
         print(said if isinstance(said, str) else json.dumps(said), file=sys.stderr if json_ else sys.stdout)

@@ -11,7 +11,7 @@ class UserError(ValueError):
     """
 
 
-class Interrupted(KeyboardInterrupt):
+class Interrupted(Exception):
     """Ctrl-C or SIGTERM, after a checkpoint was written (exit code 130). The message says where."""
 
 

@@ -217,6 +217,7 @@ def _shortest(chosen: list[str], names: list[str]) -> list[str]:
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Safetensors, fsynced. The bytes depend on the tensors only."""
     save_file({name: tensors[name].contiguous() for name in sorted(tensors)}, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors makes files that only their owner may read
     _sync(path)
 
 
@@ -309,6 +310,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def save_full(model: Any, folder: Path) -> None:
     """A fully trained model as an ordinary Hugging Face folder (fp32), read back and compared."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     model.save_pretrained(folder)
     state = model.state_dict()
     for path in sorted(folder.glob("*.safetensors")):

@@ -3,6 +3,7 @@
 Errors are collected, name the option by its dotted path, say what came and what was wanted, and guess what was meant.
 """
 
+import contextlib
 import re
 import types
 from collections.abc import Iterator
@@ -57,15 +58,18 @@ def read(path: str | Path) -> dict[str, Any]:
     return tree
 
 
-def override(tree: dict[str, Any], setting: str) -> None:
-    """Applies one `a.b=c` of the command line to a tree, in place. The value is read as YAML."""
+def override(tree: dict[str, Any], setting: str, model: type[Options] | None = None) -> None:
+    """Applies one `a.b=c` of the command line to a tree, in place.
+
+    The value is read as YAML; where `model` declares plain text, it is taken as it stands (unless it is null, or in quotes).
+    """
     path, equals, text = setting.partition("=")
     if not equals or not path:
         raise UserError(f"'{setting}' is neither a run file nor a setting; settings look like optim.lr=1e-4")
-    try:
-        value = yaml.load(text, _Loader) if text else ""
-    except yaml.YAMLError:
-        value = text
+    value: Any = text
+    if text and (text == "null" or text[0] in "\"'" or not (model and _is_text(model, path.split(".")))):
+        with contextlib.suppress(yaml.YAMLError):
+            value = yaml.load(text, _Loader)
     *parents, last = path.split(".")
     node: Any = tree
     for depth, key in enumerate(parents):
@@ -87,6 +91,22 @@ def override(tree: dict[str, Any], setting: str) -> None:
     else:
         # A bare kind given for a group that is already written out replaces the kind and drops options of the other kind.
         node[last] = value
+
+
+def _is_text(annotation: Any, path: list[str]) -> bool:
+    """Whether the option at `path` is declared as text."""
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if not path:
+        return annotation is str or (
+            get_origin(annotation) in (Union, types.UnionType) and set(get_args(annotation)) == {str, type(None)}
+        )
+    if _is_group(annotation):
+        field = annotation.model_fields.get(path[0])
+        return field is not None and _is_text(field.annotation, path[1:])
+    if get_origin(annotation) in (list, dict):
+        return _is_text(get_args(annotation)[-1], path[1:])
+    return any(_is_text(option, path) for option in get_args(annotation) if _is_group(option) or get_origin(option) in (list, dict))
 
 
 def _item(node: list, key: str, setting: str) -> Any:
@@ -218,6 +238,24 @@ def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> Ite
             yield from differences(a, b, name + ".")
         elif a != b:
             yield f"{name} ({a!r} there, {b!r} now)"
+
+
+def changed(tree: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+    """The part of a tree that is not as in `default`."""
+    kept = {}
+    for key, value in tree.items():
+        other = default.get(key)
+        if isinstance(value, dict) and isinstance(other, dict) and value.get("kind") == other.get("kind"):
+            value = changed(value, other)
+            if value:
+                kept[key] = value
+        elif value != other:
+            kept[key] = (
+                [{k: v for k, v in item.items() if v is not None} if isinstance(item, dict) else item for item in value]
+                if isinstance(value, list)
+                else value
+            )
+    return kept
 
 
 def document(model: type[Options], path: str = "") -> Iterator[tuple[str, str, str, str]]:

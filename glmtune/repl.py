@@ -20,6 +20,10 @@ COMMANDS = {
 }
 
 
+# What a model writes must not steer the terminal.
+CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
+
+
 @dataclass
 class Chat:
     """A conversation with a loaded model. Messages are OpenAI-style dicts without the system turn, which is kept apart."""
@@ -40,7 +44,7 @@ class Chat:
         try:
             for piece in self.loaded.stream(self.all_messages(), **self.sampling):
                 made += piece
-                sys.stdout.write(piece)
+                sys.stdout.write(piece.translate(CONTROLS))
                 sys.stdout.flush()
         except KeyboardInterrupt:
             sys.stdout.write(" [stopped]")

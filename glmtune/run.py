@@ -123,6 +123,14 @@ class Save(Options):
     keep: Positive = Field(default=2, description="checkpoints kept; the best one by dev loss is kept beside them")
 
 
+def _real_newlines(text: str | None) -> str | None:
+    if text and "\\n" in text:
+        raise ValueError(
+            f"holds a backslash and an n, not a newline: {text!r}; write the text in double quotes (on a command line: '\"...\\n\"')"
+        )
+    return text
+
+
 class Form(Options):
     """A chat format in your own words. `{content}` is the turn's text, `{stop}` the end mark."""
 
@@ -138,7 +146,7 @@ class Form(Options):
     def _has_content(cls, text: str) -> str:
         if text.count("{content}") != 1:
             raise ValueError(f"must hold {{content}} exactly once; got {text!r}")
-        return text
+        return _real_newlines(text) or ""
 
 
 class Run(Options):
@@ -187,6 +195,11 @@ class Run(Options):
         default=None, description="written by train, read on resume: what was chosen where this file says auto or null"
     )
 
+    @field_validator("join")
+    @classmethod
+    def _no_backslash_n(cls, text: str | None) -> str | None:
+        return _real_newlines(text)
+
     @model_validator(mode="after")
     def _consistent(self) -> "Run":
         if not self.data:
@@ -209,7 +222,7 @@ def load_run(path: str | Path | None, overrides: Iterable[str] = (), **missing: 
         for name in ("data", "samples"):  # data=a.json data.0.max_samples=100
             if setting.startswith(name + ".") and tree.get(name) is not None:
                 tree[name] = _sources(tree[name], Path(path).parent if path is not None else Path())
-        options.override(tree, setting)
+        options.override(tree, setting, Run)
     for name, value in missing.items():
         tree.setdefault(name, value)
     wanted = [name for name in ("model", "data", "out") if tree.get(name) in (None, "", [])]
@@ -227,6 +240,8 @@ def load_run(path: str | Path | None, overrides: Iterable[str] = (), **missing: 
         tree["eval"]["data"] = _sources(tree["eval"]["data"], folder)
     if isinstance(tree.get("samples"), str | dict | list):
         tree["samples"] = _sources(tree["samples"], folder)
+    if isinstance(tree.get("report_to"), str):
+        tree["report_to"] = [tree["report_to"]]
     if isinstance(tree["model"], str):
         tree["model"] = _near(tree["model"], folder)
     return options.build(Run, tree, str(path) if path is not None else "")

@@ -1,5 +1,6 @@
 """What people see in the terminal: the coloured sample, the plan, the live bar, the before/after tables. Fits one screen."""
 
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,13 +22,19 @@ BARS = " ▁▂▃▄▅▆▇█"
 
 
 def coloured(template: Template, example: Example, limit: int | None = None) -> Text:
-    """The sample as the model reads it: learned tokens green and underlined, special tokens dim; `limit` tokens, cut in the middle."""
+    """The sample as the model reads it: learned tokens green and underlined (in a pipe: inside ⟦ ⟧), special tokens dim.
+
+    limit: show this many tokens, cut in the middle.
+    """
     tokens = template.show(example)
     if limit is not None and len(tokens) > limit:
         half = limit // 2
         tokens = [*tokens[:half], (f" … {len(tokens) - 2 * half} tokens … ", -1.0), *tokens[-half:]]
-    text = Text()
-    for token, weight in tokens:
+    text, inside = Text(), False
+    for token, weight in [*tokens, ("", 0.0)]:
+        if not console.is_terminal and inside != (weight > 0):  # no colours there
+            text.append("⟦" if weight > 0 else "⟧")
+            inside = weight > 0
         style = "yellow" if weight < 0 else "bold green underline" if weight else "dim" if token in template.tokens.special else ""
         text.append(token, style)
     return text
@@ -146,14 +153,19 @@ def print_report(report: Report, limit: int = 3) -> None:
             table.add_row(f"{row['set']} ({row['count']})", what, _percent(row["before"]), _percent(row["after"]))
         console.print(table)
     pairs = Table("question", "before", "after", header_style="bold", show_lines=False, expand=True)
-    shown: dict[str, int] = {}
-    for row in report.samples:
-        if shown.get(row["set"], 0) < limit:
-            shown[row["set"]] = shown.get(row["set"], 0) + 1
+    shown: list[str] = []
+    for name in dict.fromkeys(row["set"] for row in report.samples):
+        fresh = [row for row in report.samples if row["set"] == name and row["prompt"] not in shown][:limit]
+        for row in fresh:
             pairs.add_row(*(Text(_short(row[key])) for key in ("prompt", "before", "after")))
+        shown += [row["prompt"] for row in report.samples if row["set"] == name]
     if shown:
         console.print(pairs)
-    out = escape(str(report.out))
+    if report.best_step is not None and report.best_step != report.steps:
+        console.print(
+            f"the best dev loss was at step {report.best_step}: {escape(str(report.out))}/checkpoints/step-{report.best_step}"
+        )
+    out = escape(shlex.quote(str(report.out)))
     console.print(
         f"next: [bold]glmtune chat {out}[/]   [bold]glmtune predict {out} questions.json --out answers.jsonl[/]   page: {out}/report.html"
     )

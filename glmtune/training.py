@@ -37,6 +37,7 @@ class Report:
     steps: int
     loss: float
     dev_loss: float | None
+    best_step: int | None  # the checkpoint with the lowest dev loss; the result itself is the last step
     seconds: float
     samples: list[dict[str, Any]] = field(default_factory=list)
     hits: list[dict[str, Any]] = field(default_factory=list)
@@ -229,7 +230,9 @@ def _no_room(out: Path) -> str:
 def _finished(out: Path) -> Report:
     done = json.loads((out / "finished.json").read_text(encoding="utf-8"))
     samples = read_jsonl(out / "samples.jsonl")
-    return Report(out, done["steps"], done["loss"], done["dev_loss"], done["seconds"], samples, report.hits(samples))
+    return Report(
+        out, done["steps"], done["loss"], done["dev_loss"], done["best_step"], done["seconds"], samples, report.hits(samples)
+    )
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -373,6 +376,7 @@ class _Training:
             "steps": self.state.step,
             "loss": self.state.last_loss,
             "dev_loss": self.state.best_loss,
+            "best_step": self.state.best_step,
             "seconds": round(self.state.seconds, 3),
         }
         (self.out / "finished.json").write_text(json.dumps(done) + "\n", encoding="utf-8")
@@ -381,6 +385,7 @@ class _Training:
             self.state.step,
             self.state.last_loss or 0.0,
             self.state.best_loss,
+            self.state.best_step,
             self.state.seconds,
             samples,
             report.hits(samples),

@@ -303,31 +303,46 @@ def test_predict_never_overwrites(glmtune, trained, tmp_path):
     assert ended.code == 2 and "never overwritten" in ended.err and out.read_text() == "mine"
 
 
-def test_predict_stopped_by_ctrl_c_goes_on_where_it_was(glmtune, trained, tmp_path):
-    data, out = questions(tmp_path, 40), tmp_path / "p.jsonl"
-    options = (data, *COLUMNS, "--max-new-tokens", 150, "--batch-size", 1)
-    process = subprocess.Popen(command("predict", trained, "--out", out, *options), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    part = tmp_path / "p.jsonl.part"
-    wait_for(lambda: part.is_file() and len(part.read_bytes().splitlines()) > 3, process)
+@dataclass
+class Stopped:
+    """A predict that was stopped by Ctrl-C after some answers."""
+
+    arguments: list[object]
+    out: Path
+    code: int
+    err: str
+    kept: str  # what its .part held
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny_model, tmp_path_factory) -> Stopped:
+    folder = tmp_path_factory.mktemp("stopped")
+    arguments = [questions(folder, 16), *COLUMNS, "--max-new-tokens", 60, "--batch-size", 1]
+    out, part = folder / "p.jsonl", folder / "p.jsonl.part"
+    process = subprocess.Popen(
+        command("predict", tiny_model, "--out", out, *arguments), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    wait_for(lambda: part.is_file() and part.read_bytes().count(b"\n") > 2, process)
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130 and part.is_file() and not out.exists()
-    kept = part.read_text(encoding="utf-8")
-    part.write_text(kept + '{"row": 39, "predic', encoding="utf-8")  # as kill -9 in mid-write would leave it
-    assert glmtune("predict", trained, "--out", out, *options).code == 0
-    assert glmtune("predict", trained, "--out", tmp_path / "straight.jsonl", *options).code == 0
-    assert out.read_bytes() == (tmp_path / "straight.jsonl").read_bytes() and not part.exists()
-    early = {row["row"]: row["prediction"] for row in map(json.loads, kept.splitlines()[1:])}
-    assert len(early) > 1 and all(read(out)[i]["prediction"] == text for i, text in early.items())
+    err = process.communicate(timeout=60)[1]
+    return Stopped(arguments, out, process.returncode, err, part.read_text(encoding="utf-8"))
+
+
+def test_predict_stopped_by_ctrl_c_goes_on_where_it_was(glmtune, tiny_model, stopped):
+    out, part = stopped.out, stopped.out.with_name("p.jsonl.part")
+    assert stopped.code == 130 and not out.exists()
+    part.write_text(stopped.kept + '{"row": 15, "predic', encoding="utf-8")  # as kill -9 in mid-write would leave it
+    assert glmtune("predict", tiny_model, "--out", out, *stopped.arguments).code == 0
+    straight = out.with_name("straight.jsonl")
+    assert glmtune("predict", tiny_model, "--out", straight, *stopped.arguments).code == 0
+    assert out.read_bytes() == straight.read_bytes() and not part.exists()
+    early = {row["row"]: row["prediction"] for row in map(json.loads, stopped.kept.splitlines()[1:])}
+    assert 1 < len(early) < 16 and all(read(out)[i]["prediction"] == text for i, text in early.items())
 
 
 @pytest.mark.xfail(reason="typer turns KeyboardInterrupt (so Interrupted too) into Exit(130); cli.main never prints its message", strict=True)
-def test_predict_stopped_by_ctrl_c_says_how_to_go_on(trained, tmp_path):
-    data, out = questions(tmp_path, 40), tmp_path / "p.jsonl"
-    options = (data, *COLUMNS, "--max-new-tokens", 150, "--batch-size", 1)
-    process = subprocess.Popen(command("predict", trained, "--out", out, *options), stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: (tmp_path / "p.jsonl.part").is_file(), process)
-    process.send_signal(signal.SIGINT)
-    assert "the same command continues" in process.communicate(timeout=30)[1]
+def test_predict_stopped_by_ctrl_c_says_how_to_go_on(stopped):
+    assert "the same command continues" in stopped.err
 
 
 def test_answers_to_other_questions_are_not_taken_over(glmtune, trained, tmp_path):
@@ -814,7 +829,9 @@ def test_half_an_index_of_shards_is_told(glmtune, place, text):
     [
         b"\xff" * 8,
         struct.pack("<Q", 10) + b"not json..",
-        struct.pack("<Q", 2) + b"[]",
+        pytest.param(
+            struct.pack("<Q", 2) + b"[]", marks=pytest.mark.xfail(reason="_header takes for granted that it is an object", strict=True)
+        ),
         pytest.param(
             struct.pack("<Q", 2) + b"{}", marks=pytest.mark.xfail(reason="_header lets a file without tensors through", strict=True)
         ),

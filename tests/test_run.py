@@ -105,3 +105,19 @@ def test_every_option_is_documented():
 def test_differences_name_both_values():
     old, new = yaml.safe_load("a: {b: 1, c: 2}\nd: x"), yaml.safe_load("a: {b: 1, c: 3}\nd: x\ne: 1")
     assert list(options.differences(old, new)) == ["a.c (2 there, 3 now)", "e (None there, 1 now)"]
+
+
+def test_text_on_the_command_line_is_taken_as_it_stands():
+    given = ["system=Answer # briefly: yes", "variables.name=42", "out=1", "template.user=Q: {content} - no", "join=null"]
+    run = load_run(None, [*GIVEN, "template.stop=</s>", *given])
+    assert (run.system, run.variables, run.out, run.template.user, run.join) == ("Answer # briefly: yes", {"name": "42"}, "1", "Q: {content} - no", None)
+    assert load_run(None, [*GIVEN, 'join="\\n\\n"']).join == "\n\n"
+    with pytest.raises(UserError, match="not a newline"):
+        load_run(None, [*GIVEN, "join=\\n"])
+
+
+def test_changed_options_are_what_differs_from_the_defaults():
+    run = load_run(None, [*GIVEN, "optim.lr=1e-3", "method=full"])
+    default = options.plain(Run.model_construct(model="", data=[], out="o"))
+    found = options.changed(options.plain(run), default)
+    assert found["optim"] == {"lr": 1e-3} and found["method"] == {"kind": "full"} and found["data"] == [{"path": "a.json", "weight": 1.0}]

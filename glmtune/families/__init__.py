@@ -68,6 +68,8 @@ def _trained(path: Path) -> Path:
     for folder in (path, path / "adapter", path / "model"):
         if (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
             return folder
+    if not path.is_dir():
+        raise UserError(f"there is no folder {path}")
     if (path / "checkpoints").is_dir():
         steps = sorted((p for p in (path / "checkpoints").glob("step-*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
         if steps:
