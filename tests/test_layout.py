@@ -11,7 +11,7 @@ import glmtune
 
 ROOT = Path(glmtune.__file__).parent
 # Top to bottom, as in docs/architecture.md: a file may import from those before it.
-ORDER = ["errors", "records", "options", "run", "reading", "data", "check", "chat", "batch", "losses", "families.smollm2", "families", "fused", "methods", "forward", "stages", "generate", "loaded", "estimate", "plan", "report", "training", "predict", "screen", "repl", "doctor", "cli", "__main__"]
+ORDER = ["errors", "records", "options", "run", "reading", "data", "check", "chat", "batch", "losses", "families.smollm2", "families", "methods", "fused", "forward", "stages", "generate", "loaded", "estimate", "plan", "report", "training", "predict", "screen", "repl", "doctor", "cli", "__main__"]
 
 
 def imports(path: Path) -> set[str]:
