@@ -9,9 +9,11 @@ import struct
 import subprocess
 import sys
 import time
+import unicodedata
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,7 +51,10 @@ class Ended:
 @pytest.fixture
 def glmtune(capsys, monkeypatch) -> Callable[..., Ended]:
     """Runs a command in this process. `stdin`: what comes through the pipe."""
+    from glmtune import screen
+
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(screen.console, "width", 200)
 
     def run(*arguments: object, stdin: str = "") -> Ended:
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
@@ -162,14 +167,6 @@ def test_train_counts_wanted_words_and_leaks(glmtune, tiny_model, rows, tmp_path
     assert "wanted (8)" in said and "leaks (fewer is better)" in said
 
 
-def test_the_terminal_module_is_the_command(tiny_model, rows, tmp_path):
-    done = subprocess.run(
-        command("train", f"model={tiny_model}", f"data={rows}", f"out={tmp_path / 'a'}", *QUICK, "--json"),
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0 and done.stderr == "" and json.loads(done.stdout)["steps"] == 2
-
-
 # --- show ----------------------------------------------------------------------------------------------------------------
 
 
@@ -191,15 +188,20 @@ def by_the_tokenizer(tokenizer: Any, messages: list[dict], stop: int) -> tuple[l
     return ids, labels
 
 
-def check_sample(glmtune, model: str | Path, row: int, messages: list[dict], *settings: object) -> None:
+@cache
+def tokenizer_of(model: str) -> Any:
     from transformers import AutoTokenizer
 
     from glmtune import families
 
+    return AutoTokenizer.from_pretrained(families.resolve(model))
+
+
+def check_sample(glmtune, model: str | Path, row: int, messages: list[dict], *settings: object) -> None:
     shown = glmtune("show", f"model={model}", *settings, "--sample", row, "--json")
     assert shown.code == 0, shown.err
     sample = shown.json["sample"]
-    tokenizer = AutoTokenizer.from_pretrained(families.resolve(str(model)))
+    tokenizer = tokenizer_of(str(model))
     ids, labels = by_the_tokenizer(tokenizer, messages, tokenizer.convert_tokens_to_ids("<|im_end|>"))
     assert sample["ids"] == ids
     assert sample["labels"] == labels
@@ -224,7 +226,10 @@ MODELS = [
     "tiny",
     pytest.param(
         smollm2.NAME,
-        marks=pytest.mark.skipif(not (smollm2.cache_root() / smollm2.NAME).is_dir(), reason="the embedded model is not in the cache"),
+        marks=[
+            pytest.mark.slow,
+            pytest.mark.skipif(not (smollm2.cache_root() / smollm2.NAME).is_dir(), reason="the embedded model is not in the cache"),
+        ],
     ),
 ]
 
@@ -250,6 +255,8 @@ def test_show_says_everything_short_of_training(glmtune, tiny_model, rows, tmp_p
     ended = glmtune("show", f"model={tiny_model}", f"data={rows}", "method.rank=2", "--sample", 2, "--tokens")
     assert ended.code == 0
     assert "lora: 1,856 trainable parameters" in ended.out  # 2 blocks x 2 x (in + out) of q, k, v, o, gate, up, down
+    answer = tiny.rows(8)[2]["messages"][1]["content"]
+    assert f"⟦{answer}<|im_end|>⟧" in ended.out  # what is learned, where there are no colours
     for said in ("rank: 2", "estimated memory", "<|im_end|>", "lr 0.0002", f"row 2, {rows}:3", "learned"):
         assert said in ended.out
     assert not list(tmp_path.iterdir())
@@ -289,10 +296,7 @@ def test_predict_answers_every_row_in_order(glmtune, trained, tmp_path):
     made = read(out)
     assert [{k: v for k, v in row.items() if k != "prediction"} for row in made] == read(data)
     model = package.load(trained)
-    assert [row["prediction"] for row in made] == [
-        model.chat(row["question"].strip() + (" " if row["question"].endswith(" ") else ""), temperature=0, max_new_tokens=12)
-        for row in made
-    ]
+    assert [row["prediction"] for row in made] == [model.chat(row["question"], temperature=0, max_new_tokens=12) for row in made]
     assert {path.name for path in tmp_path.iterdir()} == {"questions.jsonl", "p.jsonl"}
 
 
@@ -340,7 +344,6 @@ def test_predict_stopped_by_ctrl_c_goes_on_where_it_was(glmtune, tiny_model, sto
     assert 1 < len(early) < 16 and all(read(out)[i]["prediction"] == text for i, text in early.items())
 
 
-@pytest.mark.xfail(reason="typer turns KeyboardInterrupt (so Interrupted too) into Exit(130); cli.main never prints its message", strict=True)
 def test_predict_stopped_by_ctrl_c_says_how_to_go_on(stopped):
     assert "the same command continues" in stopped.err
 
@@ -354,7 +357,9 @@ def test_answers_to_other_questions_are_not_taken_over(glmtune, trained, tmp_pat
     assert "stale" not in out.read_text()
 
 
-@pytest.mark.xfail(reason="prompts are measured while decoding (shortest first), so all the work is done and never written", strict=True)
+@pytest.mark.xfail(
+    reason="prompts are measured while decoding (shortest first), so all the work is done and never written", strict=True
+)
 def test_predict_names_a_question_that_is_too_long_before_it_starts(glmtune, tiny_model, tmp_path):
     data = tiny.write_rows(tmp_path / "q.jsonl", [{"instruction": "a"}, {"instruction": "e " * 900}, {"instruction": "b"}])
     ended = glmtune("predict", tiny_model, data, "--out", tmp_path / "p.jsonl", "--max-new-tokens", 2)
@@ -386,12 +391,30 @@ def test_predict_refuses_what_makes_no_sense(glmtune, tiny_model, tmp_path, monk
 SHORT = ("--max-new-tokens", 8)
 
 
+def visible(text: str) -> str:
+    """As chat prints it: without control characters, which could steer the terminal."""
+    return "".join(c for c in text if c in "\t\n" or unicodedata.category(c) != "Cc")
+
+
+def test_what_a_model_writes_cannot_steer_the_terminal(tiny_model, capsys):
+    from glmtune import families, repl
+
+    from .test_generate import scripted
+
+    template = families.open_template(tiny_model)
+    said = "\x1b[31mred\x07\r\x9b2J\tend\n好"
+    talk = repl.Chat(scripted(template, [*template.tokens.encode(said), template.stop_ids[-1]]), {})
+    talk.reply("x")
+    assert capsys.readouterr().out == "[31mred2J\tend\n好\n"
+    assert talk.messages[-1]["content"] == said  # kept as it was written
+
+
 def test_chat_prompt_answers_once(glmtune, trained):
     import glmtune as package
 
     ended = glmtune("chat", trained, "--prompt", "Where?", "--temperature", 0, *SHORT)
     assert ended.code == 0 and ended.err == ""
-    assert ended.out == package.load(trained).chat("Where?", temperature=0, max_new_tokens=8) + "\n"
+    assert ended.out == visible(package.load(trained).chat("Where?", temperature=0, max_new_tokens=8)) + "\n"
 
 
 def test_chat_with_a_seed_is_reproducible(glmtune, tiny_model):
@@ -419,7 +442,19 @@ def test_chat_in_a_pipe_is_a_conversation(glmtune, tiny_model, tmp_path):
         return model.chat(messages, temperature=0, max_new_tokens=8).replace("\n", "")
 
     log = tmp_path / "talk.jsonl"
-    lines = ["Where?", "And the cat?", "/regen", f"/save {log}", "/clear", "Where?", "/system Be a mat.", "Where?", f"/save {log}", "/exit", "no"]
+    lines = [
+        "Where?",
+        "And the cat?",
+        "/regen",
+        f"/save {log}",
+        "/clear",
+        "Where?",
+        "/system Be a mat.",
+        "Where?",
+        f"/save {log}",
+        "/exit",
+        "no",
+    ]
     ended = glmtune("chat", tiny_model, "--temperature", 0, *SHORT, stdin="\n".join(lines) + "\n")
     assert ended.code == 0
     first = expected(None, "Where?")
@@ -432,9 +467,13 @@ def test_chat_in_a_pipe_is_a_conversation(glmtune, tiny_model, tmp_path):
             {"role": "user", "content": "And the cat?"},
             {"role": "assistant", "content": second},
         ],
-        [{"role": "system", "content": "Be a mat."}, {"role": "user", "content": "Where?"}, {"role": "assistant", "content": third}],
+        [
+            {"role": "system", "content": "Be a mat."},
+            {"role": "user", "content": "Where?"},
+            {"role": "assistant", "content": third},
+        ],
     ]
-    assert answers(ended) == [first, second, second, first, third]
+    assert answers(ended) == [visible(text) for text in (first, second, second, first, third)]
     assert f"(added to {log})" in ended.out and "(forgotten)" in ended.out and "(system: Be a mat.)" in ended.out
 
 
@@ -498,7 +537,7 @@ def test_the_runs_system_prompt_is_the_default(glmtune, trained, tmp_path):
     data = tiny.write_rows(tmp_path / "q.jsonl", [{"instruction": "Where?"}])
     for name, more, expected in (("a", (), own), ("b", ("--system", BARK), other)):
         glmtune("predict", trained, data, "--out", tmp_path / name, *length, *more)
-        assert read(tmp_path / name)[0]["prediction"] + "\n" == expected
+        assert visible(read(tmp_path / name)[0]["prediction"]) + "\n" == expected
 
 
 def test_a_run_works_after_it_and_its_working_folder_were_moved(glmtune, tiny_model, rows, tmp_path, monkeypatch):
@@ -596,7 +635,7 @@ def test_data_check_finds_rows_by_line_and_exits_with_2(glmtune, dirty):
     assert [problem["line"] for problem in found["problems"] if problem["level"] == "warning"] == [9]
     text = glmtune("data", "check", dirty)
     assert text.code == 2 and f"{dirty}:7: error: the answer is empty [empty-answer]" in text.out
-    assert "9 rows, 2 errors, 1 warnings" in text.out
+    assert "9 rows, errors: 2, warnings: 1" in text.out
 
 
 def test_data_check_fix_writes_rows_that_train(glmtune, dirty, tiny_model, tmp_path):
@@ -641,7 +680,15 @@ def test_a_defect_is_1_with_a_traceback(glmtune, tiny_model, rows, tmp_path, mon
 def interrupted(tiny_model, rows, tmp_path_factory) -> tuple[Path, int, str]:
     """A run stopped by Ctrl-C in mid-training: its folder, exit code and standard error."""
     out = tmp_path_factory.mktemp("interrupted") / "a"
-    given = [f"model={tiny_model}", f"data={rows}", f"out={out}", "optim.steps=3000", "optim.batch_size=2", "samples=[]", "report_to=[]"]
+    given = [
+        f"model={tiny_model}",
+        f"data={rows}",
+        f"out={out}",
+        "optim.steps=3000",
+        "optim.batch_size=2",
+        "samples=[]",
+        "report_to=[]",
+    ]
     process = subprocess.Popen(
         command("train", *given, "save.every_steps=3000"), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
@@ -660,7 +707,6 @@ def test_ctrl_c_is_130_after_a_checkpoint(interrupted, glmtune):
     assert glmtune("chat", out, "--prompt", "Where?", *SHORT).code == 0  # what is there can be used
 
 
-@pytest.mark.xfail(reason="typer turns KeyboardInterrupt (so Interrupted too) into Exit(130); cli.main never prints its message", strict=True)
 def test_ctrl_c_says_how_to_go_on(interrupted):
     out, _, err = interrupted
     assert f"glmtune train {out / 'run.yaml'} --resume" in err
@@ -779,7 +825,9 @@ def test_rows_that_are_too_long_come_with_what_to_paste(glmtune, place):
     assert glmtune("show", *GIVEN, f"max_length={found['longest']}").code == 0
 
 
-@pytest.mark.xfail(reason="neither plan nor training compares max_length (or the longest row) with max_position_embeddings", strict=True)
+@pytest.mark.xfail(
+    reason="neither plan nor training compares max_length (or the longest row) with max_position_embeddings", strict=True
+)
 def test_rows_longer_than_the_model_reads_are_told(glmtune, place):
     """This model has 512 positions; a row of 600 tokens is within max_length=1024."""
     given = place.rows(json.dumps({"instruction": "a", "output": "Q" * 600}))
@@ -798,7 +846,9 @@ def cut(path: Path, share: float = 0.5) -> None:
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+)
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_half_a_file_of_a_model_is_told_by_name(glmtune, place, name, share):
     cut(place.model / name, share)
@@ -830,7 +880,8 @@ def test_half_an_index_of_shards_is_told(glmtune, place, text):
         b"\xff" * 8,
         struct.pack("<Q", 10) + b"not json..",
         pytest.param(
-            struct.pack("<Q", 2) + b"[]", marks=pytest.mark.xfail(reason="_header takes for granted that it is an object", strict=True)
+            struct.pack("<Q", 2) + b"[]",
+            marks=pytest.mark.xfail(reason="_header takes for granted that it is an object", strict=True),
         ),
         pytest.param(
             struct.pack("<Q", 2) + b"{}", marks=pytest.mark.xfail(reason="_header lets a file without tensors through", strict=True)
@@ -842,14 +893,18 @@ def test_a_file_that_is_no_safetensors_is_told(glmtune, place, header):
     refused(glmtune, place, "model", "train", *GIVEN)
 
 
-@pytest.mark.xfail(reason="load_model lists every wrong tensor on a line of its own, after OUT and run.yaml were written", strict=True)
+@pytest.mark.xfail(
+    reason="load_model lists every wrong tensor on a line of its own, after OUT and run.yaml were written", strict=True
+)
 def test_weights_that_do_not_fit_the_config_are_told_before_anything_is_written(glmtune, place):
     config = json.loads((place.model / "config.json").read_text())
     (place.model / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     refused(glmtune, place, "do not fit", "train", *GIVEN, *QUICK)
 
 
-@pytest.mark.xfail(reason="targets: [] passes pick_targets and ends as ValueError in the optimizer (exit 1), after OUT was made", strict=True)
+@pytest.mark.xfail(
+    reason="targets: [] passes pick_targets and ends as ValueError in the optimizer (exit 1), after OUT was made", strict=True
+)
 def test_no_targets_at_all_are_refused(glmtune, place):
     refused(glmtune, place, "targets", "train", *GIVEN, *QUICK, "method.targets=[]")
 
@@ -900,7 +955,9 @@ def test_what_is_missing_is_told_with_an_example(glmtune, place):
 
 
 @pytest.mark.xfail(reason="typer prints its own box of five lines and guesses nothing for usage errors", strict=True)
-@pytest.mark.parametrize("arguments", [["train", "--resum"], ["predic"], ["chat"], ["predict", "model", "rows.jsonl"], ["chat", "model", "--seed", "x"]])
+@pytest.mark.parametrize(
+    "arguments", [["train", "--resum"], ["predic"], ["chat"], ["predict", "model", "rows.jsonl"], ["chat", "model", "--seed", "x"]]
+)
 def test_wrong_usage_is_told_in_three_lines(glmtune, place, arguments):
     refused(glmtune, place, "error: ", *arguments)
 
@@ -911,13 +968,9 @@ def test_a_temperature_that_is_no_number_is_refused(glmtune, place):
 
 
 def test_a_wrong_run_is_refused_in_three_seconds(place):
-    """As a process, with everything that has to be imported; the model is not loaded."""
+    """As a process, with everything that has to be imported; the model is not loaded. Processor time, so that load does not count."""
     place.rows(*BAD_ROWS["empty answer"][0])
-    best = min(_seconds(command("train", "model=model", "data=bad.jsonl", "out=out")) for _ in range(2))
-    assert best < 3
-
-
-def _seconds(arguments: list[str]) -> float:
-    began = time.monotonic()
-    assert subprocess.run(arguments, capture_output=True).returncode == 2
-    return time.monotonic() - began
+    before = os.times()
+    assert subprocess.run(command("train", "model=model", "data=bad.jsonl", "out=out"), capture_output=True).returncode == 2
+    after = os.times()
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 3

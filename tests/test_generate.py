@@ -75,7 +75,9 @@ def scripted(template: Any, tokens: list[int], question: str = "x") -> Loaded:
 def test_cached_decoding_is_argmax_over_full_forwards(loaded, question):
     prompt = loaded.template.prompt(ask(question))
     expected = by_full_forwards(loaded, prompt, 24)
-    made = [tokens[0] for tokens in generate._steps(loaded.model, [prompt], loaded.template.stop_ids, 0, Sampling(max_new_tokens=24))]
+    made = [
+        tokens[0] for tokens in generate._steps(loaded.model, [prompt], loaded.template.stop_ids, 0, Sampling(max_new_tokens=24))
+    ]
     assert made == expected and len(expected) > 4
 
 
@@ -136,7 +138,9 @@ def test_max_new_tokens_is_the_most(loaded):
     assert len(list(steps)) == 7
 
 
-@pytest.mark.xfail(reason="stream() prints a blank that belongs to the stop mark (Llama 2: ' </s>') before the mark is seen", strict=True)
+@pytest.mark.xfail(
+    reason="stream() prints a blank that belongs to the stop mark (Llama 2: ' </s>') before the mark is seen", strict=True
+)
 def test_streamed_and_batched_answers_are_the_same_where_a_blank_stands_before_the_stop_mark(tmp_path):
     template = families.open_template(tiny.tokenizer(tmp_path, tiny.LLAMA2, eos="</s>", bos="<s>"))
     learned = template.encode([*ask("x"), {"role": "assistant", "content": "the cat sat"}])
@@ -222,7 +226,8 @@ def test_the_models_own_settings_are_the_start(tiny_model, tmp_path):
     [
         ({"temperature": -1.0}, "temperature is -1.0; wanted 0"),
         pytest.param(
-            {"temperature": float("nan")}, "temperature is nan",
+            {"temperature": float("nan")},
+            "temperature is nan",
             marks=pytest.mark.xfail(reason="nan < 0 is False, so Sampling lets it through", strict=True),
         ),
         ({"top_p": 0.0}, "top_p is 0.0; wanted more than 0, at most 1"),

@@ -156,7 +156,9 @@ def test_a_target_that_matches_nothing_lists_the_names(tiny_model, target):
     assert ("did you mean 'q_proj'?" in said) == (target == "q_porj")
 
 
-@pytest.mark.xfail(reason="targets: [] passes pick_targets and ends as ValueError in the optimizer, after OUT was made", strict=True)
+@pytest.mark.xfail(
+    reason="targets: [] passes pick_targets and ends as ValueError in the optimizer, after OUT was made", strict=True
+)
 def test_an_empty_list_of_targets_is_refused(tiny_model, tmp_path):
     rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.rows(4))
     run = load_run(None, [f"model={tiny_model}", f"data={rows}", f"out={tmp_path / 'a'}", "method.targets=[]", "samples=[]"])
@@ -270,9 +272,7 @@ def test_tensors_that_are_no_lora_are_told(tiny_model, saved):
     assert "model.norm.weight" in said
 
 
-@pytest.mark.xfail(
-    reason="_load_lora checks the pairs that are there, not that every layer of target_modules has one", strict=True
-)
+@pytest.mark.xfail(reason="_load_lora checks the pairs that are there, not that every layer of target_modules has one", strict=True)
 def test_an_adapter_without_some_of_its_layers_is_refused(tiny_model, saved):
     """adapter_config.json names q_proj (in both blocks); a file with that of one block only is partial."""
 
