@@ -116,7 +116,9 @@ def peer(options: argparse.Namespace) -> None:
     bf16 = families.fast_bf16(torch.device("cpu"))
     model = AutoModelForCausalLM.from_pretrained(made.folder, dtype=torch.bfloat16 if bf16 else torch.float32)
     targets = sorted({name.split(".")[-1] for name in made.targets})
-    model = get_peft_model(model, LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=targets, task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        model, LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=targets, task_type="CAUSAL_LM")
+    )
     start = load_file(folder / "start.safetensors")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -149,7 +151,9 @@ def peer(options: argparse.Namespace) -> None:
         def on_step_end(self, arguments, state, control, **kwargs):
             seconds, step = time.monotonic() - self.began, state.global_step
             if step % options.every == 0 or step == steps:
-                tensors = {n.replace(".default", ""): p.detach().float().clone() for n, p in model.named_parameters() if p.requires_grad}
+                tensors = {
+                    n.replace(".default", ""): p.detach().float().clone() for n, p in model.named_parameters() if p.requires_grad
+                }
                 save_file(tensors, folder / f"peer-{step}.safetensors")
             rows = order[(step - 1) * BATCH : step * BATCH]
             tokens, learned = (sum(f(made.examples[r]) for r in rows) for f in (lambda e: len(e.ids), lambda e: e.num_learned))
@@ -191,7 +195,9 @@ def compare(options: argparse.Namespace) -> None:
                 logs[side].append(json.loads(process.stdout.readline()))
             a, b = logs["glmtune"][-1], logs["peer"][-1]
             assert (a["tokens"], a["learned"]) == (b["tokens"], b["learned"])
-            print(f"step {step + 1}/{steps}: {a['seconds']:.2f} s against {b['seconds']:.2f} s for {a['tokens']} tokens", flush=True)
+            print(
+                f"step {step + 1}/{steps}: {a['seconds']:.2f} s against {b['seconds']:.2f} s for {a['tokens']} tokens", flush=True
+            )
         for process, _ in sides.values():
             process.stdin.close()
             process.wait()
@@ -263,7 +269,9 @@ def report(options: argparse.Namespace, logs: dict, held_out: dict) -> None:
     print("\n".join(lines))
     if options.save:
         (ROOT / "bench" / "results").mkdir(exist_ok=True)
-        (ROOT / "bench" / "results" / options.save).write_text("\n".join(["$ python bench/sft_cpu.py " + " ".join(sys.argv[1:]), *lines]) + "\n")
+        (ROOT / "bench" / "results" / options.save).write_text(
+            "\n".join(["$ python bench/sft_cpu.py " + " ".join(sys.argv[1:]), *lines]) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -27,7 +27,15 @@ def main() -> None:
         times, lines = [], 0
         for i in range(options.runs):
             began = time.monotonic()
-            command = [sys.executable, "-m", "glmtune", "train", f"model={work / 'model'}", f"data={work / 'rows.jsonl'}", f"out={work / f'run{i}'}"]
+            command = [
+                sys.executable,
+                "-m",
+                "glmtune",
+                "train",
+                f"model={work / 'model'}",
+                f"data={work / 'rows.jsonl'}",
+                f"out={work / f'run{i}'}",
+            ]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             times.append(time.monotonic() - began)
             lines = len(done.stdout.splitlines())
@@ -58,7 +66,10 @@ def parts(work: Path) -> None:
     from glmtune.run import load_run
 
     spent["import glmtune (light)"] = time.monotonic() - began
-    for name, line in (("import torch", "torch"), ("import transformers, model classes", "transformers.models.llama.modeling_llama")):
+    for name, line in (
+        ("import torch", "torch"),
+        ("import transformers, model classes", "transformers.models.llama.modeling_llama"),
+    ):
         step = time.monotonic()
         __import__(line)
         spent[name] = time.monotonic() - step

@@ -41,7 +41,14 @@ def test_a_new_format_method_and_stage(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setitem(run.STAGES, "doubled", Doubled)
     monkeypatch.setitem(stages.STAGES, "doubled", doubled)
     rows = tiny.write_rows(tmp_path / "rows.jsonl", [{"frage": "the cat?", "antwort": "a mat"}] * 4)
-    common = [f"model={tiny_model}", f"data=[{{path: {rows}, format: qa}}]", "optim.steps=2", "samples=[]", "report_to=[]", "precision=fp32"]
+    common = [
+        f"model={tiny_model}",
+        f"data=[{{path: {rows}, format: qa}}]",
+        "optim.steps=2",
+        "samples=[]",
+        "report_to=[]",
+        "precision=fp32",
+    ]
     train(load_run(None, [*common, f"out={tmp_path / 'a'}", "method=norms"]))
     train(load_run(None, [*common, f"out={tmp_path / 'b'}", "stage=doubled"]))
     plain = train(load_run(None, [*common, f"out={tmp_path / 'c'}"]))

@@ -11,7 +11,36 @@ import glmtune
 
 ROOT = Path(glmtune.__file__).parent
 # Top to bottom, as in docs/architecture.md: a file may import from those before it.
-ORDER = ["errors", "records", "options", "run", "reading", "data", "check", "chat", "batch", "losses", "families.smollm2", "families", "methods", "fused", "forward", "stages", "generate", "loaded", "estimate", "plan", "report", "training", "predict", "screen", "repl", "doctor", "cli", "__main__"]
+ORDER = [
+    "errors",
+    "records",
+    "options",
+    "run",
+    "reading",
+    "data",
+    "check",
+    "chat",
+    "batch",
+    "losses",
+    "families.smollm2",
+    "families",
+    "methods",
+    "fused",
+    "forward",
+    "stages",
+    "generate",
+    "loaded",
+    "estimate",
+    "plan",
+    "report",
+    "training",
+    "predict",
+    "screen",
+    "repl",
+    "doctor",
+    "cli",
+    "__main__",
+]
 
 
 def imports(path: Path) -> set[str]:
@@ -53,7 +82,9 @@ LIGHT = ["glmtune", "glmtune.cli", "glmtune.run", "glmtune.data", "glmtune.chat"
 
 @pytest.mark.parametrize("name", LIGHT)
 def test_light_modules_pull_nothing_heavy(name):
-    code = f"import sys, {name}; print([m for m in ('torch', 'transformers', 'peft', 'datasets', 'matplotlib') if m in sys.modules])"
+    code = (
+        f"import sys, {name}; print([m for m in ('torch', 'transformers', 'peft', 'datasets', 'matplotlib') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 

@@ -27,7 +27,11 @@ def test_it_answers(folder):
 
 def test_ids_equal_the_published_tokenizer_and_template(folder, shared):
     tokenizer, template = families.load_tokenizer(folder)
-    texts = [row["output"] + "\n" + row["instruction"] for name in ("alpaca_zh", "alpaca_en") for row in json.loads((shared / "data" / f"{name}.json").read_text())]
+    texts = [
+        row["output"] + "\n" + row["instruction"]
+        for name in ("alpaca_zh", "alpaca_en")
+        for row in json.loads((shared / "data" / f"{name}.json").read_text())
+    ]
     for text in [*texts, "a\t\tb  c\r\n", "1234567890", "👩‍👩‍👧 é", " lead"]:
         assert template.tokens.encode(text) == tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     for text in texts[::10]:
@@ -41,7 +45,12 @@ def test_the_adapter_gives_plain_peft_the_same_logits(folder, shared, tmp_path):
 
     data = shared / "data" / "gsm8k_train.jsonl"
     source = json.dumps([{"path": str(data), "columns": {"prompt": "question", "response": "answer"}, "max_samples": 16}])
-    glmtune.train(load_run(None, [f"model={smollm2.NAME}", f"data={source}", f"out={tmp_path / 'a'}", "optim.steps=2", "optim.lr=1e-3", "samples=[]"]))
+    glmtune.train(
+        load_run(
+            None,
+            [f"model={smollm2.NAME}", f"data={source}", f"out={tmp_path / 'a'}", "optim.steps=2", "optim.lr=1e-3", "samples=[]"],
+        )
+    )
     ours = glmtune.load(tmp_path / "a", dtype=torch.float32)
     ids = torch.tensor([ours.template.prompt([{"role": "user", "content": "How many legs have 3 cats?"}])])
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

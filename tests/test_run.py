@@ -71,7 +71,9 @@ def test_paths_may_be_relative_to_the_run_file(tmp_path, monkeypatch):
 
 
 def test_the_written_run_reads_back_equal(tmp_path):
-    run = load_run(None, [*GIVEN, "method=full", "template={user: 'Q: {content}\n', stop: </s>}", "variables={name: 小智}", "optim.lr=3e-5"])
+    run = load_run(
+        None, [*GIVEN, "method=full", "template={user: 'Q: {content}\n', stop: </s>}", "variables={name: 小智}", "optim.lr=3e-5"]
+    )
     options.write(run, tmp_path / "run.yaml", "# header\n")
     assert load_run(tmp_path / "run.yaml") == run
 
@@ -110,7 +112,13 @@ def test_differences_name_both_values():
 def test_text_on_the_command_line_is_taken_as_it_stands():
     given = ["system=Answer # briefly: yes", "variables.name=42", "out=1", "template.user=Q: {content} - no", "join=null"]
     run = load_run(None, [*GIVEN, "template.stop=</s>", *given])
-    assert (run.system, run.variables, run.out, run.template.user, run.join) == ("Answer # briefly: yes", {"name": "42"}, "1", "Q: {content} - no", None)
+    assert (run.system, run.variables, run.out, run.template.user, run.join) == (
+        "Answer # briefly: yes",
+        {"name": "42"},
+        "1",
+        "Q: {content} - no",
+        None,
+    )
     assert load_run(None, [*GIVEN, 'join="\\n\\n"']).join == "\n\n"
     with pytest.raises(UserError, match="not a newline"):
         load_run(None, [*GIVEN, "join=\\n"])
@@ -120,4 +128,8 @@ def test_changed_options_are_what_differs_from_the_defaults():
     run = load_run(None, [*GIVEN, "optim.lr=1e-3", "method=full"])
     default = options.plain(Run.model_construct(model="", data=[], out="o"))
     found = options.changed(options.plain(run), default)
-    assert found["optim"] == {"lr": 1e-3} and found["method"] == {"kind": "full"} and found["data"] == [{"path": "a.json", "weight": 1.0}]
+    assert (
+        found["optim"] == {"lr": 1e-3}
+        and found["method"] == {"kind": "full"}
+        and found["data"] == [{"path": "a.json", "weight": 1.0}]
+    )
