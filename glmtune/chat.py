@@ -473,6 +473,11 @@ class Template:
         text = text.removeprefix(lead)
         return Turn("assistant", text.removesuffix(gap) if cut < len(ids) else text)
 
+    @property
+    def gap(self) -> str:
+        """Text that the format puts between an answer and its stop mark."""
+        return self._around[1]
+
     @cached_property
     def _around(self) -> tuple[str, str]:
         """Text that the format puts before an answer and between it and its stop mark (Llama 2: a blank each)."""

@@ -63,6 +63,10 @@ def train(
     screen = Terminal(quiet=json_)
     try:
         report = start(run, resume=resume, screen=screen)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"stopped; nothing was saved since the last checkpoint. Continue with: glmtune train {run.out}/run.yaml --resume"
+        ) from None
     finally:
         screen.stop()
     if json_:
@@ -331,20 +335,29 @@ def top(
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command and turns what happened into an exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    usage: Any = typer.BadParameter.__base__  # click's UsageError, of whichever click typer carries
     try:
-        app(args=arguments, prog_name="glmtune")
+        code = app(args=arguments, prog_name="glmtune", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
     except UserError as error:
         _fail(str(error))
+        sys.exit(2)
+    except usage as error:
+        if "NoArgs" in type(error).__name__:
+            error.show()
+        else:
+            command = error.ctx.command_path if error.ctx else "glmtune"
+            _fail(f"{' '.join(error.format_message().split())}\n{command} --help shows how it is used")
         sys.exit(2)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(130)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
+    except BrokenPipeError:  # `glmtune ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        sys.exit(141)
     except Exception:
         import traceback
 

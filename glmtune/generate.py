@@ -1,6 +1,7 @@
 """One decoding path for chat, prediction and the before/after samples: `stream` for one conversation, `answer` for many."""
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise UserError(f"temperature is {self.temperature}; wanted 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; wanted more than 0, at most 1")
@@ -106,6 +107,8 @@ def stream(model: Any, template: Template, messages: Sequence[dict[str, Any]], s
     for (token,) in _steps(model, [template.prompt(messages)], template.stop_ids, template.tokens.pad_id, sampling):
         ids.append(token)
         text = template.parse(ids).text
+        if token not in template.stop_ids:
+            text = _without_beginning_of(template.gap, text)
         if text.endswith("\ufffd"):
             continue  # half a character
         if len(text) > len(sent):
@@ -114,6 +117,12 @@ def stream(model: Any, template: Template, messages: Sequence[dict[str, Any]], s
     rest = template.parse(ids).text[len(sent) :]
     if rest:
         yield rest
+
+
+def _without_beginning_of(gap: str, text: str) -> str:
+    """`text` without an end that may turn out to be the blank before a stop mark."""
+    held = next((n for n in range(len(gap), 0, -1) if text.endswith(gap[:n])), 0)
+    return text[: len(text) - held]
 
 
 def answer(

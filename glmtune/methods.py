@@ -259,7 +259,14 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     if not config_path.is_file() or not weights_path.is_file():
         there = sorted(p.name for p in folder.iterdir())[:6] if folder.is_dir() else "no such folder"
         raise UserError(f"{folder} is not an adapter: it needs adapter_config.json and adapter_model.safetensors; there: {there}")
-    config = json.loads(config_path.read_text(encoding="utf-8"))
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict) or (
+            config.get("peft_type") == "LORA" and not isinstance(config.get("lora_alpha"), int | float)
+        ):
+            raise ValueError("it has no peft_type and lora_alpha")
+    except ValueError as error:
+        raise UserError(f"{config_path} is broken ({error}); copy the adapter folder again") from None
     if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("modules_to_save"):
         raise UserError(
             f"{config_path}: only plain LoRA adapters can be loaded; this one is {config.get('peft_type')} with other parts"
@@ -285,6 +292,10 @@ def _load_lora(model: nn.Module, tensors: dict[str, Tensor], config: dict[str, A
             )
         else:
             used.add(name)
+    targets = config.get("target_modules")
+    if isinstance(targets, list) and used and not wrong:
+        named = [name for name in layers if any(name == target or name.endswith("." + target) for target in targets)]
+        wrong += [f"{name}: A and B are missing" for name in named if PREFIX + name not in used]
     if wrong or not used:
         raise UserError(
             f"the adapter {folder} was made for another model ({config.get('base_model_name_or_path')}): "

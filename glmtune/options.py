@@ -4,6 +4,7 @@ Errors are collected, name the option by its dotted path, say what came and what
 """
 
 import contextlib
+import os
 import re
 import types
 from collections.abc import Iterator
@@ -227,7 +228,16 @@ def plain(options: Options) -> dict[str, Any]:
 
 def write(options: Options, path: str | Path, header: str = "") -> None:
     text = yaml.safe_dump(plain(options), sort_keys=False, allow_unicode=True, width=120)
-    Path(path).write_text(header + text, encoding="utf-8")
+    write_whole(Path(path), header + text)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Complete or unchanged, also when the process is killed: written beside, fsynced, renamed."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    with open(part, "rb") as file:
+        os.fsync(file.fileno())
+    part.replace(path)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> Iterator[str]:

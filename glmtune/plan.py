@@ -28,6 +28,7 @@ class Question:
     ids: list[int]
     contains: list[str] | None
     wanted: bool | None
+    where: str = ""
 
 
 @dataclass
@@ -68,7 +69,10 @@ def make(run: Run, say: Callable[[str], None] = lambda text: None) -> Plan:
     shapes = families.tensor_shapes(folder)
     template = families.open_template(folder, run.template, learn=getattr(run.stage, "learn", "all"))
     targets = families.pick_targets(run.method.targets, families.linear_names(folder)) if run.method.kind == "lora" else []
-    limits = Limits(run.max_length, run.too_long)
+    reads = families.reads_at_most(folder)
+    # Rotary positions go on past what a model was made for, with worse results; a table of positions ends.
+    rotary = any(key.startswith("rope") for key in families.config_of(folder))
+    limits = Limits(run.max_length, run.too_long, None if rotary else reads)
     rows, dev_rows, notes = loaded.rows, [], list(loaded.notes)
     if run.eval.data:
         dev = data.load(run.eval.data, want=stage.want, all_variables=False, **reading)
@@ -81,10 +85,14 @@ def make(run: Run, say: Callable[[str], None] = lambda text: None) -> Plan:
     dev = _dev(stage.encode, template, dev_rows, limits)
     notes += [f"{count} {reason}" for reason, count in (train.counts + dev.counts).items()]
     notes += _learning_rate(run)
+    beyond = [example for example in train.examples if reads is not None and len(example.ids) > reads]
+    if beyond:
+        longest = max(len(example.ids) for example in beyond)
+        notes.append(f"warning: {len(beyond)} rows are longer than the {reads} tokens this model was made for (longest {longest})")
     parameters = families.num_parameters(folder)
     trainable = estimate.lora_parameters(shapes, targets, run.method.rank) if targets else parameters
     return Plan(
-        run, folder, template, train.examples, dev.examples, _questions(run, template, rows, reading), targets,
+        run, folder, template, train.examples, dev.examples, _questions(run, template, rows, reading, reads), targets,
         estimate.Shape.of(families.config_of(folder), parameters, trainable), notes,
     )  # fmt: skip
 
@@ -108,9 +116,10 @@ def _learning_rate(run: Run) -> list[str]:
     return []
 
 
-def _questions(run: Run, template: Template, rows: Sequence[Any], reading: dict[str, Any]) -> list[Question]:
+def _questions(run: Run, template: Template, rows: Sequence[Any], reading: dict[str, Any], reads: int | None) -> list[Question]:
     if run.samples is None:
-        return [_question("training data", row, template, None, None) for row in rows[:3] if isinstance(row, Conversation)]
+        usual = [_question("training data", row, template, None, None) for row in rows[:3] if isinstance(row, Conversation)]
+        return [question for question in usual if reads is None or len(question.ids) < reads]
     made = []
     for probe in run.samples:
         source = Source(path=probe.path, format=probe.format, columns=probe.columns)
@@ -119,6 +128,9 @@ def _questions(run: Run, template: Template, rows: Sequence[Any], reading: dict[
         contains = [_filled(text, run.variables) for text in probe.contains] if probe.contains else None
         name = probe.name or Path(probe.path).stem
         made += [_question(name, row, template, contains, probe.wanted if contains else None) for row in found.rows]
+    for question in made:
+        if reads is not None and len(question.ids) >= reads:
+            raise UserError(f"{question.where}: the question has {len(question.ids)} tokens; this model reads {reads} at most")
     return made
 
 
@@ -130,4 +142,4 @@ def _filled(text: str, variables: dict[str, str]) -> str:
 
 def _question(name: str, row: Conversation, template: Template, contains: list[str] | None, wanted: bool | None) -> Question:
     turns = row.turns[:-1] if row.turns[-1].role == "assistant" else row.turns
-    return Question(name, turns[-1].text, template.prompt(replace(row, turns=turns)), contains, wanted)
+    return Question(name, turns[-1].text, template.prompt(replace(row, turns=turns)), contains, wanted, row.where)

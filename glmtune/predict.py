@@ -38,6 +38,11 @@ def predict(
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.absolute().parent}")
     prompts = [loaded.template.prompt(row) for row in rows]
+    for row, prompt in zip(rows, prompts):
+        if "prediction" in row.meta["row"]:
+            raise UserError(f"{row.where}: the row has a key 'prediction' already, which would be lost; rename it")
+        if (limit := getattr(loaded.model.config, "max_position_embeddings", None)) is not None and len(prompt) >= limit:
+            raise UserError(f"{row.where}: the question has {len(prompt)} tokens; this model reads {limit} at most")
     part = out.with_name(out.name + ".part")
     header = hashlib.blake2b(repr((prompts, sampling, batch_size)).encode(), digest_size=16).hexdigest()
     made = _kept(part, header)

@@ -21,6 +21,11 @@ class Limits:
 
     max_length: int
     too_long: str
+    positions: int | None = None  # what the model itself can read
+
+    @property
+    def longest(self) -> int:
+        return min(self.max_length, self.positions or self.max_length)
 
 
 @dataclass
@@ -44,7 +49,7 @@ def encode_conversations(template: Template, rows: Sequence[Conversation], limit
     made, long = Encoded(), []
     for row in rows:
         example = template.encode(row)
-        if len(example.ids) > limits.max_length:
+        if len(example.ids) > limits.longest:
             long.append(example)
             if limits.too_long == "error":
                 continue
@@ -58,10 +63,15 @@ def encode_conversations(template: Template, rows: Sequence[Conversation], limit
         made.counts[f"rows: {reason}"] += count
     if long and limits.too_long == "error":
         longest = max(long, key=lambda example: len(example.ids))
+        can = limits.positions is None or len(longest.ids) <= limits.positions
+        what = (
+            f"max_length={limits.max_length} tokens"
+            if limits.longest == limits.max_length
+            else f"the {limits.longest} tokens that this model reads"
+        )
         raise UserError(
-            f"{len(long)} of {len(rows)} rows are longer than max_length={limits.max_length} tokens; "
-            f"the longest has {len(longest.ids)} ({longest.where})\n"
-            f"paste one of: max_length={len(longest.ids)}   too_long=skip   (also: too_long=cut-left-turns, too_long=cut-answer)"
+            f"{len(long)} of {len(rows)} rows are longer than {what}; the longest has {len(longest.ids)} ({longest.where})\n"
+            f"paste one of: {f'max_length={len(longest.ids)}   ' if can else ''}too_long=skip   (also: too_long=cut-left-turns, too_long=cut-answer)"
         )
     if not made.examples:
         raise UserError(
@@ -85,15 +95,15 @@ def _shorten(template: Template, row: Conversation, whole: Example, limits: Limi
                 return None
             del turns[first:following]
             example = template.encode(replace(row, turns=tuple(turns)))
-            if len(example.ids) <= limits.max_length:
+            if len(example.ids) <= limits.longest:
                 counts["rows longer than max_length: oldest turns cut (too_long: cut-left-turns)"] += 1
                 return example
     # cut-answer: the ids simply end earlier, so a cut answer has no end mark. The question must stay whole.
-    if len(template.prompt(row)) >= limits.max_length:
+    if len(template.prompt(row)) >= limits.longest:
         counts["rows whose question alone is longer than max_length, left out (too_long: cut-answer)"] += 1
         return None
     counts["rows longer than max_length: last answer cut, no end mark learned (too_long: cut-answer)"] += 1
-    n = limits.max_length
+    n = limits.longest
     return Example(whole.ids[:n], whole.next_ids[:n], [*whole.weights[: n - 1], 0.0], whole.where)
 
 
@@ -101,7 +111,7 @@ def encode_documents(template: Template, rows: Sequence[Document], limits: Limit
     """Documents -> sequences of at most max_length tokens. A longer document goes on in the next sequence; nothing is cut."""
     made = Encoded()
     for row in rows:
-        pieces = encode_document(template.tokens, row, limits.max_length)
+        pieces = encode_document(template.tokens, row, limits.longest)
         made.examples += pieces
         if len(pieces) > 1:
             made.counts["documents longer than max_length, continued in further sequences"] += 1

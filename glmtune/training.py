@@ -90,13 +90,13 @@ def train(run: Run, *, resume: bool = False, screen: Screen | None = None) -> Re
         settings = stored.resolved if stored is not None and stored.resolved else resolve(made)
         _same_data(settings, made, out)
         _check_room(made, settings, out)
-        out.mkdir(parents=True, exist_ok=True)
-        if stored is None:
-            options.write(run.model_copy(update={"resolved": settings}), out / "run.yaml", _header())
         screen.plan(made)
         screen.say(settings_line(settings))
         try:
-            return _Training(made, settings, out, screen).run(resume)
+            session = _Training(made, settings, out, screen)
+            if stored is None:  # only now, so that a run that was refused leaves nothing behind
+                options.write(run.model_copy(update={"resolved": settings}), out / "run.yaml", _header())
+            return session.run(resume)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(_no_room(out)) from None
@@ -142,7 +142,7 @@ def _claimed(out: Path, resume: bool) -> Iterator[None]:
 def _stored(out: Path, run: Run) -> Run | None:
     """The run.yaml that `out` holds; refuses to go on under other options."""
     if not (out / "run.yaml").is_file():
-        if any(p.name != ".lock" for p in out.iterdir()):
+        if any(p.name != ".lock" and p.suffix != ".part" for p in out.iterdir()):
             raise UserError(f"{out} holds no run.yaml, so there is nothing to resume there; choose another out=")
         return None
     stored = load_run(out / "run.yaml")
@@ -241,9 +241,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     """Complete or unchanged: written beside and renamed."""
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    part.replace(path)
+    options.write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------------------
@@ -379,7 +377,7 @@ class _Training:
             "best_step": self.state.best_step,
             "seconds": round(self.state.seconds, 3),
         }
-        (self.out / "finished.json").write_text(json.dumps(done) + "\n", encoding="utf-8")
+        options.write_whole(self.out / "finished.json", json.dumps(done) + "\n")
         return Report(
             self.out,
             self.state.step,

@@ -32,7 +32,7 @@ class Place:
 def locate(model: str | Path, adapter: str | Path | None = None, say=lambda text: None) -> Place:
     """Finds a model: the built-in one, a model folder, a hub id, a run's folder OUT or one of its checkpoints/step-N."""
     path = Path(model).expanduser()
-    run_file = next((p for p in (path / "run.yaml", path.parent / "run.yaml") if p.is_file() and path.is_dir()), None)
+    run_file = _run_file(path)
     if run_file is None:
         return Place(str(model), resolve(str(model), say), _adapter(adapter))
     run = read(run_file)
@@ -46,6 +46,15 @@ def locate(model: str | Path, adapter: str | Path | None = None, say=lambda text
         run.get("system"),
         Form(**template) if isinstance(template, dict) else template,
     )
+
+
+def _run_file(path: Path) -> Path | None:
+    """The run.yaml that made what is in `path`: its own, or its parent's for OUT/adapter and OUT/model. Only train writes `resolved:`."""
+    if (path / "run.yaml").is_file() and (not (path / "config.json").is_file() or read(path / "run.yaml").get("resolved")):
+        return path / "run.yaml"
+    parent = path.parent / "run.yaml"
+    made_here = path.is_dir() and path.name in ("adapter", "model") and parent.is_file() and read(parent).get("resolved")
+    return parent if made_here else None
 
 
 def _base(name: str, adapter: Path, say) -> Path:
@@ -74,9 +83,8 @@ def _trained(path: Path) -> Path:
         steps = sorted((p for p in (path / "checkpoints").glob("step-*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
         if steps:
             return _trained(steps[-1])
-    raise UserError(
-        f"{path} holds no trained adapter or model yet; finish the run first: glmtune train {path / 'run.yaml'} --resume"
-    )
+    unfinished = f" yet; finish the run first: glmtune train {path / 'run.yaml'} --resume" if (path / "run.yaml").is_file() else ""
+    raise UserError(f"{path} holds no trained adapter or model{unfinished}")
 
 
 def resolve(name: str, say=lambda text: None) -> Path:
@@ -135,7 +143,10 @@ def tensor_shapes(folder: Path) -> dict[str, list[int]]:
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        try:
+            wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{index} is cut short or damaged; copy or download it again") from None
         missing = sorted(wanted - {p.name for p in files})
         if missing:
             raise UserError(
@@ -162,8 +173,9 @@ def _header(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             header = json.loads(file.read(length))
         except ValueError:
             raise broken from None
-    header.pop("__metadata__", None)
-    if header and 8 + length + max(item["data_offsets"][1] for item in header.values()) != size:
+    if not isinstance(header, dict) or not (header := {k: v for k, v in header.items() if k != "__metadata__"}):
+        raise broken
+    if 8 + length + max(item["data_offsets"][1] for item in header.values()) != size:
         raise broken
     yield from header.items()
 
@@ -186,6 +198,8 @@ def pick_targets(wanted: Sequence[str] | None, names: Sequence[str]) -> list[str
     if wanted is None:
         return list(names)
     leaves = sorted({name.split(".")[-1] for name in names})
+    if not wanted:
+        raise UserError(f"lora targets is an empty list, so nothing would be trained; this model has {leaves}")
     chosen: set[str] = set()
     for target in wanted:
         try:
@@ -199,6 +213,12 @@ def pick_targets(wanted: Sequence[str] | None, names: Sequence[str]) -> list[str
             )
         chosen.update(found)
     return [name for name in names if name in chosen]
+
+
+def reads_at_most(folder: Path) -> int | None:
+    """Positions that the model was made for; None where its config names none."""
+    config = config_of(folder)
+    return {**config, **config.get("text_config", {})}.get("max_position_embeddings")
 
 
 def num_parameters(folder: Path) -> int:
@@ -302,8 +322,7 @@ def load_model(path: str | Path, *, dtype: Any = "auto", device: Any = "auto") -
     wrong += [f"unexpected {n}" for n in sorted(info["unexpected_keys"])]
     wrong += [f"misshapen {n[0] if isinstance(n, tuple) else n}" for n in sorted(info["mismatched_keys"], key=str)]
     if wrong:
-        listed = "\n".join(f"  {line}" for line in wrong)
-        raise UserError(f"the weights in {folder} do not fit its config.json ({len(wrong)} tensors):\n{listed}")
+        raise UserError(f"the weights in {folder} do not fit its config.json, {len(wrong)} tensors: {'; '.join(wrong)}")
     return model.to(device).eval()
 
 
