@@ -13,7 +13,7 @@ from .batch import Batch
 from .methods import noise_of
 
 
-def choose_path(model: Any, method: str, dropout: float, device: torch.device) -> tuple[str, str]:
+def choose_path(model: Any, method: str, dropout: float, device: torch.device, longest: int) -> tuple[str, str]:
     """("fused" | "modules", why)."""
     if method != "lora":
         return "modules", "every weight is trained"
@@ -21,7 +21,7 @@ def choose_path(model: Any, method: str, dropout: float, device: torch.device) -
         return "modules", "dropout is on"
     if device.type != "cpu":
         return "modules", "the model runs on a GPU"
-    reason = fused.unsupported(model)
+    reason = fused.unsupported(model, longest)
     return ("modules", reason) if reason else ("fused", "a Llama-shaped model with LoRA on the CPU")
 
 

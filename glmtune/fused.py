@@ -28,8 +28,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from . import losses
 from .methods import Linear
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -105,10 +105,7 @@ def learned_nll(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weights
     """
     if not weight_VD.requires_grad:
         return _FrozenHead.apply(hidden_ND, weight_VD, targets_N, weights_N, _kernels(compile))
-    total = hidden_ND.new_zeros((), dtype=torch.float32)
-    for chunk in zip(*(tensor.split(HEAD_CHUNK) for tensor in (hidden_ND, targets_N, weights_N)), strict=True):
-        total = total + checkpoint(_chunk_nll, chunk[0], weight_VD, *chunk[1:], use_reentrant=False)
-    return total
+    return losses.nll(hidden_ND, weight_VD, targets_N, weights_N)
 
 
 def _sliding_window(config: Any) -> int | None:
@@ -265,11 +262,6 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_total):
         return ctx.d_ND * d_total, None, None, None, None
-
-
-def _chunk_nll(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
-    logits_NV = F.linear(hidden_ND.to(weight_VD.dtype), weight_VD).float()
-    return (F.cross_entropy(logits_NV, targets_N, reduction="none") * weights_N).sum()
 
 
 # ---------------------------------------------------------------------------------------------------- linear layers and LoRA

@@ -25,7 +25,8 @@ from .run import DEFAULT_LR, Lora, Run, load_run
 from .stages import STAGES
 
 SAVE_SECONDS = 300  # save.every_steps null
-COMPILE_TOKENS = 1_000_000  # a run shorter than this would spend more on compiling than it gains (bench/README.md)
+# Compiling the pointwise kernels takes 10 to 60 s and pays where a run has many tokens and its steps are not tiny (LOG.md).
+COMPILE_TOKENS, COMPILE_STEP = 40_000, 1024
 MICRO_TOKENS = {"fused": 2048, "modules": 2048}
 
 
@@ -171,6 +172,7 @@ def resolve(made: plan.Plan) -> dict[str, Any]:
     device = families.pick_device(run.device)
     precision = families.pick_precision(run.precision, device)
     steps = batch.num_steps(len(made.examples), run.optim.batch_size, run.optim.epochs, run.optim.steps)
+    tokens = sum(made.lengths) / batch.steps_per_epoch(len(made.examples), run.optim.batch_size)  # of a step, on average
     return {
         "device": str(device),
         "precision": precision,
@@ -179,8 +181,7 @@ def resolve(made: plan.Plan) -> dict[str, Any]:
         "lr": run.optim.lr or DEFAULT_LR[run.method.kind],
         "steps": steps,
         "checkpointing": run.checkpointing if run.checkpointing != "auto" else False,
-        "long_run": sum(made.lengths) * steps / max(1, batch.steps_per_epoch(len(made.examples), run.optim.batch_size))
-        > COMPILE_TOKENS,
+        "compile": tokens * steps > COMPILE_TOKENS and tokens > COMPILE_STEP,
         "data": made.fingerprint,
         "version": __version__,
     }
@@ -305,9 +306,11 @@ class _Training:
         methods.prepare(self.model, compute)
         methods.attach(self.model, options_.method, options_.seed)
         self.parameters = methods.trainable(self.model)
-        path, _ = forward.choose_path(self.model, options_.method.kind, getattr(options_.method, "dropout", 0.0), self.device)
+        longest = max(len(example.ids) for example in [*made.examples, *made.dev])
+        dropout = getattr(options_.method, "dropout", 0.0)
+        path, _ = forward.choose_path(self.model, options_.method.kind, dropout, self.device, longest)
         self.forward = forward.Forward(
-            self.model, path, compile=path == "fused" and settings["long_run"] and forward.fused.compile_works()
+            self.model, path, compile=path == "fused" and settings["compile"] and forward.fused.compile_works()
         )
         if self.forward.noise is not None or settings["checkpointing"]:
             self.model.train()
