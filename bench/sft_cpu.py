@@ -217,7 +217,7 @@ def losses(options: argparse.Namespace, folder: Path, side: str) -> dict[int, fl
     model = families.load_model(made.folder, dtype=torch.float32)
     methods.prepare(model, torch.float32)
     methods.attach(model, made.run.method, 0)
-    forward = Forward(model, "modules")
+    forward = Forward(model, "fused")
     found = {}
     for path in sorted(folder.glob(f"{side}-*.safetensors"), key=lambda p: int(p.stem.split("-")[1])):
         tensors = load_file(path)
@@ -225,8 +225,8 @@ def losses(options: argparse.Namespace, folder: Path, side: str) -> dict[int, fl
             for name, parameter in methods.trainable(model).items():
                 parameter.copy_(tensors[f"{methods.PREFIX}{name}.weight"])
             total = weight = 0.0
-            for part in batch.cut([len(e.ids) for e in made.dev], 2048, padded=True):
-                micro = batch.collate([made.dev[i] for i in part], part, made.template.tokens.pad_id, False)
+            for part in batch.cut([len(e.ids) for e in made.dev], 2048, padded=False):
+                micro = batch.collate([made.dev[i] for i in part], part, made.template.tokens.pad_id, True)
                 total, weight = total + float(forward.nll(micro)), weight + float(micro.weights.sum())
         found[int(path.stem.split("-")[1])] = total / weight
     return found
