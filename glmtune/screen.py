@@ -166,9 +166,10 @@ def print_report(report: Report, limit: int = 3) -> None:
             f"the best dev loss was at step {report.best_step}: {escape(str(report.out))}/checkpoints/step-{report.best_step}"
         )
     out = escape(shlex.quote(str(report.out)))
-    console.print(
-        f"next: [bold]glmtune chat {out}[/]   [bold]glmtune predict {out} questions.json --out answers.jsonl[/]   page: {out}/report.html"
-    )
+    console.print(f"the page of this run: {out}/report.html", soft_wrap=True)
+    console.print(f"talk to it:    [bold]glmtune chat {out}[/]", soft_wrap=True)
+    console.print(f"ask a file:    [bold]glmtune predict {out} questions.json --out answers.jsonl[/]", soft_wrap=True)
+    console.print("your own rows: [bold]glmtune train model=smollm2-135m-instruct data=train.json out=runs/mine[/]", soft_wrap=True)
 
 
 def _percent(value: float | None) -> str:

@@ -134,8 +134,8 @@ def _claimed(out: Path, resume: bool) -> Iterator[None]:
     try:
         yield
     finally:
+        (out / ".lock").unlink(missing_ok=True)  # before it is released, so that nobody's lock but ours goes
         lock.release()
-        (out / ".lock").unlink(missing_ok=True)
         if new and not any(out.iterdir()):
             out.rmdir()  # a run that was refused leaves nothing behind
 
