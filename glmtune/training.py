@@ -338,6 +338,8 @@ class _Training:
         self.trackers = list(_trackers(self.plan.run, self.out, self.state.step))
         per_epoch = batch.steps_per_epoch(len(self.plan.examples), optim.batch_size)
         started, saved_at = time.monotonic() - self.state.seconds, time.monotonic()
+        if self.forward.compile:
+            self.screen.say("compiling kernels for this machine in the first steps (10 to 60 s)")
         self.screen.start(steps, self.state.step)
         with self._catching_signals(), open(self.out / "log.jsonl", "a", encoding="utf-8") as log:
             while self.state.step < steps:
