@@ -188,7 +188,8 @@ class Run(Options):
     device: str = Field(default="auto", description="auto | cpu | cuda | cuda:1 | mps")
     save: Save = Save()
     report_to: list[Literal["tensorboard", "wandb", "swanlab"]] = Field(
-        default=["tensorboard"], description="where curves go besides report.html"
+        default=["tensorboard"],
+        description="where curves go besides report.html: tensorboard always, wandb and swanlab where installed; []: nowhere",
     )
     seed: int = Field(default=0, description="of order, initial weights and dropout")
     resolved: dict[str, Any] | None = Field(

@@ -142,16 +142,7 @@ class Terminal(Screen):
 
 
 def print_report(report: Report, limit: int = 3) -> None:
-    """Before and after: the table of hits, a few answers side by side, and where to go next."""
-    dev = f", best dev loss {report.dev_loss:.4f}" if report.dev_loss is not None else ""
-    console.print(f"[bold]done[/] {report.steps} steps in {report.seconds:.0f} s, last loss {report.loss:.4f}{dev}")
-    checked = [row for row in report.hits if row["wanted"] is not None]
-    if checked:
-        table = Table("questions", "", "before", "after", box=None, header_style="bold")
-        for row in checked:
-            what = "with the wanted words" if row["wanted"] else "leaks (fewer is better)"
-            table.add_row(f"{row['set']} ({row['count']})", what, _percent(row["before"]), _percent(row["after"]))
-        console.print(table)
+    """Before and after: a few answers side by side, the table of hits, and where to go next."""
     pairs = Table("question", "before", "after", header_style="bold", show_lines=False, expand=True)
     shown: list[str] = []
     for name in dict.fromkeys(row["set"] for row in report.samples):
@@ -161,6 +152,15 @@ def print_report(report: Report, limit: int = 3) -> None:
         shown += [row["prompt"] for row in report.samples if row["set"] == name]
     if shown:
         console.print(pairs)
+    dev = f", best dev loss {report.dev_loss:.4f}" if report.dev_loss is not None else ""
+    console.print(f"[bold]done[/] {report.steps} steps in {report.seconds:.0f} s, last loss {report.loss:.4f}{dev}")
+    checked = [row for row in report.hits if row["wanted"] is not None]
+    if checked:
+        table = Table("questions", "", "before", "after", box=None, header_style="bold")
+        for row in checked:
+            what = "with the wanted words" if row["wanted"] else "leaks (fewer is better)"
+            table.add_row(f"{row['set']} ({row['count']})", what, _percent(row["before"]), _percent(row["after"]))
+        console.print(table)
     if report.best_step is not None and report.best_step != report.steps:
         console.print(
             f"the best dev loss was at step {report.best_step}: {escape(str(report.out))}/checkpoints/step-{report.best_step}"
@@ -176,7 +176,7 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.0f} %"
 
 
-def _short(text: str | None, limit: int = 160) -> str:
+def _short(text: str | None, limit: int = 110) -> str:
     text = " ".join((text or "").split())
     return text if len(text) <= limit else text[: limit - 1] + "…"
 

@@ -657,7 +657,7 @@ def _peak_memory(device: Any) -> float:
 
 
 def _trackers(run: Run, out: Path, step: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-    for name in run.report_to:
+    for name in dict.fromkeys(["tensorboard", *run.report_to] if run.report_to else []):
         if name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
