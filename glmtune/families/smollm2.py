@@ -94,7 +94,7 @@ def _convert(gguf: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    with contextlib.redirect_stderr(io.StringIO()):  # two progress bars of transformers
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars of transformers
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(**source)
     end = "<|im_end|>"
@@ -111,7 +111,8 @@ def _convert(gguf: Path, target: Path) -> None:
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
     plain.generation_config = model.generation_config
-    plain.save_pretrained(target)
+    with contextlib.redirect_stderr(io.StringIO()):
+        plain.save_pretrained(target)
     tokenizer.eos_token = tokenizer.pad_token = end
     tokenizer.save_pretrained(target)
     _mend_tokenizer(target / "tokenizer.json")
