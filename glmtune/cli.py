@@ -165,27 +165,27 @@ def predict(
     sources = [Source(path=path, format=format, columns=_columns(columns), max_samples=max_samples, system=system) for path in data]
     place = families.locate(model, adapter, _say)
     from . import data as data_module
-    from .predict import predict as start
-    from .predict import questions
+    from .chat import JOIN
 
     if out.exists():
         raise UserError(f"{out} exists already and is never overwritten; choose another --out, or remove it")
-    data_module.load(sources, want="prompts", system=place.system)  # bad rows are told before the model loads
+    join = place.join if place.join is not None else JOIN.get(str(place.template), "\n")
+    found = data_module.load(sources, want="prompts", system=place.system, join=join)  # bad rows are told before the model loads
+    for note in found.notes:
+        _say(note)
     from .loaded import load
+    from .predict import predict as start
     from .screen import Terminal
 
     loaded = load(model, device=device, adapter=adapter, say=_say)
-    rows, notes = questions(sources, loaded)
-    for note in notes:
-        _say(note)
     screen = Terminal()
     try:
-        start(loaded, rows, out, sampling, batch_size, screen.asking("answers", len(rows)))
+        start(loaded, found.rows, out, sampling, batch_size, screen.asking("answers", len(found.rows)))
     except KeyboardInterrupt:
         raise Interrupted(f"stopped; answers so far are kept in {out}.part, the same command continues") from None
     finally:
         screen.stop()
-    print(f"{len(rows)} answers in {out}")
+    print(f"{len(found.rows)} answers in {out}")
 
 
 def _columns(text: str | None) -> dict[str, str] | None:

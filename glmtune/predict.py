@@ -6,19 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import data
-from .chat import JOIN
 from .errors import UserError
 from .generate import Sampling, answer
 from .loaded import Loaded
-from .run import Source
-
-
-def questions(sources: list[Source], loaded: Loaded, join: str | None = None) -> tuple[list[Any], list[str]]:
-    """(rows, notes) to be answered: Conversations that end with the user's turn."""
-    joined = join if join is not None else JOIN.get(loaded.template.name, "\n")
-    found = data.load(sources, want="prompts", system=loaded.system, join=joined)
-    return found.rows, found.notes
 
 
 def predict(

@@ -62,7 +62,7 @@ def histogram(lengths: Sequence[int], bins: int = 30) -> str:
     return f"{low} {bars} {high} tokens, mean {mean:.0f}"
 
 
-def print_plan(made: Plan, whole_sample: bool = False) -> None:
+def print_plan(made: Plan) -> None:
     run, shape = made.run, made.shape
     console.print(
         f"[bold]glmtune {__version__}[/]  {escape(run.model)} ({shape.parameters / 1e6:.1f} M parameters)  ->  {escape(run.out)}"
@@ -84,7 +84,7 @@ def print_plan(made: Plan, whole_sample: bool = False) -> None:
     console.print(
         Text.assemble((f"sample {made.examples[0].where}, ", "cyan"), ("learned tokens", "bold green underline"), (":", "cyan"))
     )
-    console.print(coloured(made.template, made.examples[0], None if whole_sample else 160))
+    console.print(coloured(made.template, made.examples[0], 160))
 
 
 class Terminal(Screen):

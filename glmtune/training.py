@@ -27,7 +27,7 @@ from .stages import STAGES
 SAVE_SECONDS = 300  # save.every_steps null
 # Compiling the pointwise kernels takes 10 to 60 s and pays where a run has many tokens and its steps are not tiny (LOG.md).
 COMPILE_TOKENS, COMPILE_STEP = 40_000, 1024
-MICRO_TOKENS = {"fused": 2048, "modules": 2048}
+MICRO_TOKENS = 2048  # optim.micro_tokens null
 
 
 @dataclass
@@ -177,7 +177,7 @@ def resolve(made: plan.Plan) -> dict[str, Any]:
         "device": str(device),
         "precision": precision,
         "threads": torch.get_num_threads(),
-        "micro_tokens": run.optim.micro_tokens or MICRO_TOKENS["modules"],
+        "micro_tokens": run.optim.micro_tokens or MICRO_TOKENS,
         "lr": run.optim.lr or DEFAULT_LR[run.method.kind],
         "steps": steps,
         "checkpointing": run.checkpointing if run.checkpointing != "auto" else False,

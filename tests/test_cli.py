@@ -22,7 +22,7 @@ import psutil
 import pytest
 import yaml
 
-from glmtune import plan
+from glmtune import families, plan
 from glmtune.cli import main
 from glmtune.families import smollm2
 
@@ -974,3 +974,20 @@ def test_a_wrong_run_is_refused_in_three_seconds(place):
     assert subprocess.run(command("train", "model=model", "data=bad.jsonl", "out=out"), capture_output=True).returncode == 2
     after = os.times()
     assert after.children_user + after.children_system - before.children_user - before.children_system < 3
+
+
+def test_predict_joins_instruction_and_input_as_it_was_trained(glmtune, tiny_model, tmp_path):
+    data = tiny.write_rows(tmp_path / "rows.jsonl", [{"instruction": "the cat", "input": "the sea", "output": "a mat"}] * 4)
+    given = [f"model={tiny_model}", f"data={data}", f"out={tmp_path / 'run'}", *QUICK, 'join=" ## "']
+    assert glmtune("train", *given).code == 0
+    asked = {}
+    for name, row in {
+        "joined": {"instruction": "the cat", "input": "the sea"},
+        "by hand": {"instruction": "the cat ## the sea"},
+    }.items():
+        questions_file = tiny.write_rows(tmp_path / f"{name}.jsonl", [row])
+        out = tmp_path / f"{name}.out"
+        assert glmtune("predict", tmp_path / "run", questions_file, "--out", out, "--max-new-tokens", 12).code == 0
+        asked[name] = json.loads(out.read_text())["prediction"]
+    assert asked["joined"] == asked["by hand"]
+    assert families.locate(tmp_path / "run").join == " ## "
