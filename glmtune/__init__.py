@@ -3,6 +3,8 @@
 import os
 from typing import TYPE_CHECKING, Any
 
+from .autoload import watch
+
 # Threads that wait by spinning starve each other when the machine is shared: the same run took 24 s asleep and 317 s spinning (LOG.md).
 # OpenMP reads this when torch is loaded, so it must be set before.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -20,6 +22,8 @@ _HOME = {
     "UserError": "errors",
 }
 
+watch()
+
 if TYPE_CHECKING:
     from .errors import UserError
     from .loaded import Loaded, load
@@ -28,8 +32,10 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'glmtune' has no attribute '{name}'")
     import importlib
 
+    if name in ("families", "methods"):
+        return importlib.import_module(f".{name}", __name__)
+    if name not in _HOME:
+        raise AttributeError(f"module 'glmtune' has no attribute '{name}'")
     return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .records import Conversation, Document, Example, Learn, Piece, Turn
+from .records import Conversation, Document, Example, Learn, Piece, Turn, Vocabulary
 from .run import Form
 
 Message = dict[str, Any]
@@ -56,10 +56,11 @@ class Tokens:
     `encode` never yields a special token, whatever the text says.
     """
 
-    def __init__(self, tokenizer_json: str, config: dict[str, Any], end_ids: Iterable[int] = ()):
+    def __init__(self, tokenizer_json: str, config: dict[str, Any], end_ids: Iterable[int] = (), built: bool = False):
         from tokenizers import Tokenizer
 
         self.json, self.config = tokenizer_json, config
+        self.built = built  # by us, from published files of another kind
         self._raw = Tokenizer.from_str(tokenizer_json)
         self._raw.encode_special_tokens = True
         self._raw.no_truncation()
@@ -67,6 +68,7 @@ class Tokens:
         tree = json.loads(tokenizer_json)
         self.special = {t["content"]: t["id"] for t in tree.get("added_tokens", []) if t["special"]}
         self.names = {id: name for name, id in self.special.items()}
+        self.prepends = any(part.get("type") == "Prepend" for part in _parts(tree, "normalizer", "normalizers"))
         self._inner = self._raw
         if _prepends_once(tree):  # SentencePiece's leading blank belongs to the first text only
             self._inner = Tokenizer.from_str(json.dumps(_never_prepend(tree)))
@@ -76,7 +78,8 @@ class Tokens:
         self.bos_id = self._id("bos_token")
         pad = self._id("pad_token")
         self.pad_id = pad if pad is not None else self.eos_id if self.eos_id is not None else 0
-        self.end_ids: list[int] = sorted({*end_ids, *([self.eos_id] if self.eos_id is not None else [])})
+        named = {self._raw.token_to_id(name) for name in config.get("end_tokens", ())}
+        self.end_ids: list[int] = sorted(id for id in {*end_ids, *named, self.eos_id} if id is not None)
 
     @classmethod
     def open(cls, folder: Path) -> "Tokens":
@@ -85,26 +88,22 @@ class Tokens:
         if not path.is_file():
             raise UserError(f"{folder} holds no tokenizer.json; copy the model's tokenizer files beside its weights")
         config: dict[str, Any] = {}
-        ends: set[int] = set()
-        try:
-            for name in ("special_tokens_map.json", "tokenizer_config.json"):
-                if (folder / name).is_file():
-                    config |= json.loads((folder / name).read_text(encoding="utf-8"))
-            if (folder / "chat_template.jinja").is_file():
-                config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-            for name in ("config.json", "generation_config.json"):
-                if (folder / name).is_file():
-                    found = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
-                    ends |= {found} if isinstance(found, int) else set(found or ())
-        except json.JSONDecodeError as error:
-            raise UserError(f"{folder / name}: not valid JSON ({error}); copy the file again") from None
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            config |= _json(folder / name)
+        if (folder / "chat_template.jinja").is_file():
+            config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         template = config.get("chat_template")
         if isinstance(template, list):  # several named templates
             config["chat_template"] = next((t["template"] for t in template if t["name"] == "default"), None)
         try:
-            return cls(path.read_text(encoding="utf-8"), config, ends)
+            return cls(path.read_text(encoding="utf-8"), config, _ends(folder))
         except Exception as error:  # the tokenizers library raises bare Exception
             raise UserError(f"{path}: cannot be read as a tokenizer ({error}); copy the file again") from None
+
+    @classmethod
+    def of_vocabulary(cls, folder: Path, vocabulary: Vocabulary) -> "Tokens":
+        """From a vocabulary that was built from a folder's published files."""
+        return cls(vocabulary.json, dict(vocabulary.config), _ends(folder), built=True)
 
     def _id(self, key: str) -> int | None:
         value = self.config.get(key)
@@ -125,12 +124,13 @@ class Tokens:
 
     @cached_property
     def prefix(self) -> list[int]:
-        """Special tokens that the tokenizer puts in front of every text (`<s>`, `[gMASK]<sop>`)."""
+        """Special tokens that the tokenizer puts in front of every text (`<s>`, `[gMASK]sop`)."""
         with_special = self._raw.encode("a").ids
         plain = self._raw.encode("a", add_special_tokens=False).ids
         for start in range(len(with_special)):
             if with_special[start : start + len(plain)] == plain:
-                return with_special[:start]
+                # ChatGLM-6B's stand behind a question; what is to be continued they precede all the same.
+                return with_special[:start] or with_special[len(plain) :]
         return []
 
     @cached_property
@@ -138,21 +138,43 @@ class Tokens:
         return self._raw.get_vocab_size(with_added_tokens=True)
 
 
+def _json(path: Path) -> dict[str, Any]:
+    """A file's object; empty where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); copy the file again") from None
+
+
+def _ends(folder: Path) -> set[int]:
+    """The end tokens that a model folder's configs name."""
+    found = [_json(folder / name).get("eos_token_id") for name in ("config.json", "generation_config.json")]
+    return {id for item in found for id in ([item] if isinstance(item, int) else item or ())}
+
+
 def _prepends_once(tree: dict[str, Any]) -> bool:
-    return any(part.get("type") == "Metaspace" and part.get("prepend_scheme") == "first" for part in _pre_tokenizers(tree))
+    return any(
+        part.get("type") == "Metaspace" and part.get("prepend_scheme") == "first"
+        for part in _parts(tree, "pre_tokenizer", "pretokenizers")
+    )
 
 
 def _never_prepend(tree: dict[str, Any]) -> dict[str, Any]:
     tree = json.loads(json.dumps(tree))
-    for part in _pre_tokenizers(tree):
+    for part in _parts(tree, "pre_tokenizer", "pretokenizers"):
         if part.get("type") == "Metaspace":
             part["prepend_scheme"] = "never"
     return tree
 
 
-def _pre_tokenizers(tree: dict[str, Any]) -> list[dict[str, Any]]:
-    top = tree.get("pre_tokenizer") or {}
-    return top.get("pretokenizers", [top])
+def _parts(tree: dict[str, Any], key: str, inner: str) -> list[dict[str, Any]]:
+    top = tree.get(key) or {}
+    return top.get(inner, [top])
+
+
+BREAK = "\ue002"  # private use: stands inside a special token's name that must stay text; taken out before encoding
 
 
 # --- scaffolds ----------------------------------------------------------------------------------------------------------
@@ -262,8 +284,12 @@ def jinja_renderer(source: str, variables: dict[str, Any]) -> Callable[..., str]
     return render
 
 
-def jinja_parts(render: Callable[..., str], special: Iterable[str], eos: str) -> Callable[[Sequence[Turn], bool], list[Part]]:
+def jinja_parts(
+    render: Callable[..., str], special: Iterable[str], eos: str, context: bool = False
+) -> Callable[[Sequence[Turn], bool], list[Part]]:
     """Cuts a Jinja template into parts: it is rendered with sentinels for texts, and what stands between them is scaffold.
+
+    context: only the last answer is cut out; earlier ones are text of the question (ChatGLM2's rounds have no end marks).
 
     The cut depends on the turns' shape only (roles, empty texts), so it is kept per shape. Raises UserError where a template
     cannot be cut exactly: it drops or reorders turns, its prompt is not the start of its whole rendering, or an answer has no end mark.
@@ -274,8 +300,19 @@ def jinja_parts(render: Callable[..., str], special: Iterable[str], eos: str) ->
     def sentinel(i: int) -> str:
         return f"\ue000{i}\ue001"
 
+    def quote(value: Any) -> Any:
+        """Other keys of a message (tools, metadata) with special tokens in them broken up, so that they stay text."""
+        if isinstance(value, dict):
+            return {quote(key): quote(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [quote(item) for item in value]
+        if isinstance(value, str):
+            for name in special:
+                value = value.replace(name, name[0] + BREAK + name[1:])
+        return value
+
     def cut(turns: Sequence[Turn], open_answer: bool) -> list[Part]:
-        messages = [{"role": t.role, "content": sentinel(i) if t.text else "", **t.extra} for i, t in enumerate(turns)]
+        messages = [{"role": t.role, "content": sentinel(i) if t.text else "", **quote(t.extra)} for i, t in enumerate(turns)]
         full = render(messages, add_generation_prompt=open_answer)
         made, at = [], 0
         for i, turn in enumerate(turns):
@@ -286,7 +323,7 @@ def jinja_parts(render: Callable[..., str], special: Iterable[str], eos: str) ->
                 raise _uncuttable(
                     f"the text of turn {i + 1} ({turn.role}) does not appear exactly once, in order, in its rendering"
                 )
-            if turn.role != "assistant":
+            if turn.role != "assistant" or (context and (open_answer or i < len(turns) - 1)):
                 made += [Part("scaffold", full[at:start]), Part("text", "", i)]
                 at = start + len(sentinel(i))
                 continue
@@ -350,6 +387,7 @@ class Template:
     render: Callable[..., str] | None = None  # the published rendering, to compare with; None for forms
     default_system: str | None = None
     learn: Learn = "all"
+    context: bool = False  # earlier answers are text of the question, without end marks: only the last one can be learned
     differs: Counter = field(default_factory=Counter)  # rows whose ids differ from the published rendering, by reason
 
     def turns(self, conversation: "Conversation | Sequence[Message]") -> tuple[Turn, ...]:
@@ -382,6 +420,8 @@ class Template:
             if part.kind in ("text", "answer"):
                 made.append(Piece(part.text, weight=weight, joined=not self._starts_answer(part, parts)))
             else:
+                if part.kind == "lead" and self.tokens.prepends and part.text.startswith(" "):
+                    part = replace(part, text=part.text[1:])  # the tokenizer writes this blank itself before what is encoded apart
                 made += self._scaffold(part, weight, joined=part.kind != "lead")
         return made
 
@@ -403,7 +443,7 @@ class Template:
                 made.append(Piece(text[:start], weight=weight, joined=joined))
             made.append(Piece(name, id=self.tokens.special[name], weight=weight))
             text, joined = text[start + len(name) :], True
-        return made
+        return [replace(piece, text=piece.text.replace(BREAK, "")) for piece in made]
 
     @cached_property
     def _special_names(self) -> list[str]:
@@ -424,8 +464,18 @@ class Template:
         self.differs["the model's own template changes the text (it was left as it is in the data)"] += 1
         return parts
 
+    def split(self, conversation: Conversation) -> list[Conversation]:
+        """What is trained on: the conversation, or (`context`) one for every learned answer, ending there."""
+        if not self.context or self.learn == "everything":
+            return [conversation]
+        turns = conversation.turns
+        ends = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+        learned = [i for i in ends if (self.learn != "last" or i == ends[-1] if turns[i].learn is None else turns[i].learn)]
+        return [replace(conversation, turns=turns[: i + 1]) for i in learned] or [conversation]
+
     def encode(self, conversation: "Conversation | Sequence[Message]", learn: Learn | None = None) -> Example:
-        """One training sequence. A conversation must end with an assistant turn to learn anything."""
+        """One training sequence. A conversation must end with an assistant turn to learn anything. (`context`: the last answer is
+        learned; `split` gives the others.)"""
         where = conversation.where if isinstance(conversation, Conversation) else ""
         scale = conversation.weight if isinstance(conversation, Conversation) else 1.0
         ids, weights = self._ids(self.pieces(conversation, learn))
@@ -536,7 +586,7 @@ def _turn(message: Message) -> Turn:
 
 
 def _same(parts: list[Part], published: str) -> bool:
-    text = "".join(part.text for part in parts)
+    text = "".join(part.text for part in parts).replace(BREAK, "")
     # A stop mark that the published template leaves out at the very end is ours (GLM-4 ends with its eos token).
     return text == published or (
         parts[-1].kind == "scaffold"
@@ -557,12 +607,21 @@ def choose(wanted: "str | Form", tokens: Tokens, learn: Learn = "all") -> Templa
             )
         variables = {key: tokens.name(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
         render = jinja_renderer(tokens.chat_template, variables)
+        turns = (Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d"))
+        context = False
         parts = jinja_parts(render, tokens.special, tokens.name("eos_token"))
-        trial = parts((Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d")), False)
+        try:
+            trial = parts(turns, False)
+        except UserError:
+            context = True
+            parts = jinja_parts(render, tokens.special, tokens.name("eos_token"), context)
+            trial = parts(turns, False)
         stops = {
             tokens.special[name] for part in trial if part.kind == "stop" for name in tokens.special if part.text.endswith(name)
         }
-        return Template("auto", tokens, parts, tokens.chat_template, sorted({*stops, *tokens.end_ids}), render, learn=learn)
+        return Template(
+            "auto", tokens, parts, tokens.chat_template, sorted({*stops, *tokens.end_ids}), render, learn=learn, context=context
+        )
     name = wanted if isinstance(wanted, str) else "own"
     form = FORMS[wanted] if isinstance(wanted, str) else wanted
     stop = form.stop or tokens.name("eos_token")

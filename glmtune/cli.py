@@ -247,6 +247,33 @@ def doctor(model: Annotated[str | None, typer.Argument(metavar="[MODEL]", show_d
         print(f"{key}: {'; '.join(value) or 'none' if isinstance(value, list) else value}")
 
 
+@app.command(
+    epilog="Example:  glmtune export runs/first --to models/first    or    glmtune export THUDM/chatglm3-6b --to chatglm3-native"
+)
+def export(
+    model: Model,
+    to: Annotated[Path, typer.Option(help="Folder to write; it must not exist.", show_default=False)],
+    adapter: Adapter = None,
+    dtype: Annotated[str, typer.Option(help="auto (the published one), bf16, fp16, fp32.")] = "auto",
+    shard_size: Annotated[float, typer.Option(min=0.01, help="Largest weight file, in GB.")] = 4.0,
+    unmerged: Annotated[bool, typer.Option("--unmerged", help="Keep the adapter beside the weights, in TO/adapter.")] = False,
+    json_: Json = False,
+) -> None:
+    """Write a folder that plain transformers opens: weights (adapter merged), tokenizer.json, chat template."""
+    if dtype not in ("auto", "bf16", "fp16", "fp32"):
+        raise UserError(f"--dtype {dtype}: wanted auto, bf16, fp16 or fp32")
+    from .export import export as start
+
+    folder = start(model, to, adapter=adapter, dtype=dtype, shard_gb=shard_size, unmerged=unmerged, say=_say)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    total = sum(path.stat().st_size for path in files)
+    if json_:
+        found = {"to": str(folder), "bytes": total, "files": [str(path.relative_to(folder)) for path in files]}
+        print(json.dumps(found, ensure_ascii=False))
+    else:
+        print(f"{folder}: {len(files)} files, {total / 1e9:.2f} GB, read back and compared")
+
+
 @app.command(epilog="Example:  glmtune options method.lora")
 def options(
     name: Annotated[str, typer.Argument(metavar="[NAME]", help="Only options whose name starts so.")] = "", json_: Json = False

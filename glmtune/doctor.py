@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, families
+from .errors import UserError
 from .families import smollm2
 
 PACKAGES = (
@@ -101,25 +102,53 @@ def _cache() -> str:
 def model(name: str | Path, say=lambda text: None) -> dict[str, Any]:
     """What MODEL is and how it would be used, without loading it."""
     place = families.locate(name, None, say)
-    config = families.config_of(place.base)
+    published, family = families.published_config(place.base), families.family_of(place.base)
+    config = family.config
     shapes = families.tensor_shapes(place.base)
     parameters = families.num_parameters(place.base)
-    template = families.open_template(
-        place.adapter if place.adapter and (place.adapter / "tokenizer.json").is_file() else place.base, place.template
-    )
-    tokens = template.tokens
-    return {
+    bits = published.get("quantization_bit") or 0
+    stored = published.get("dtype") or published.get("torch_dtype") or "?"
+    found: dict[str, Any] = {
         "model": place.name,
         "base folder": str(place.base),
         "adapter": str(place.adapter) if place.adapter else "none",
-        "model_type": config.get("model_type"),
-        "class": (config.get("architectures") or ["?"])[0],
+        "family": family.name,
+        "published as": f"model_type {published.get('model_type')}, {(published.get('architectures') or ['?'])[0]}",
+        "loaded as": str((config.get("architectures") or [config.get("model_type")])[0])
+        + (" (glmtune's own class)" if config.get("model_type") in families.OURS else " of transformers"),
+        "code in the folder": "named by auto_map, never run" if "auto_map" in published else "none is named",
         "parameters": f"{parameters / 1e6:.1f} M in {len(shapes)} tensors; {parameters * 2 / 1e9:.2f} GB in bf16, {parameters * 4 / 1e9:.2f} GB in fp32",
-        "stored as": config.get("dtype") or config.get("torch_dtype"),
+        "stored as": f"int{bits} (ChatGLM's own quantisation; read as {stored})" if bits else stored,
+        "advice": _advice(config, families.pick_device()),
         "reads at most": f"{config.get('max_position_embeddings', '?')} tokens",
-        "chat format": template.name,
-        "an answer ends at": ", ".join(tokens.names.get(i, str(i)) for i in template.stop_ids),
-        "special tokens": ", ".join(f"{n} {i}" for n, i in list(tokens.special.items())[:12]),
         "LoRA targets": ", ".join(sorted({n.split(".")[-1] for n in families.linear_names(place.base)})),
-        "system prompt": place.system if place.system is not None else "the model's own default",
     }
+    names = families.published_names(place.base)
+    if names:
+        found["their published names"] = ", ".join(f"{old} = {'+'.join(new)}" for old, new in names.items())
+    if families.has_tokenizer(place.tokenizer):
+        try:
+            template = families.open_template(place.tokenizer, place.template)
+        except UserError as error:
+            tokens = families.open_tokens(place.tokenizer)
+            found["chat format"] = str(error).splitlines()[0]
+        else:
+            tokens = template.tokens
+            earlier = "; earlier answers are read as text, only the last is learned" if template.context else ""
+            found["chat format"] = (template.name if template.name != "auto" else "the model's own") + earlier
+            found["an answer ends at"] = ", ".join(tokens.names.get(i, str(i)) for i in template.stop_ids)
+        found["special tokens"] = ", ".join(f"{n} {i}" for n, i in list(tokens.special.items())[:14])
+        found["system prompt"] = place.system if place.system is not None else "the model's own default"
+    else:
+        found["chat format"] = "the folder holds no tokenizer files; copy them beside its weights"
+    if family.notes:
+        found["note"] = list(family.notes)
+    return found
+
+
+def _advice(config: dict[str, Any], device: Any) -> str:
+    usual = families.pick_precision("auto", device)
+    text = f"{usual} on this machine ({device})"
+    if config.get("model_type") in ("glm", "glm4"):  # THUDM/ChatGLM3 PR 689, LLaMA-Factory 4202: loss 0, NaN
+        text += "; not fp16: activations of ChatGLM3 and GLM-4 pass its largest number"
+    return text

@@ -35,9 +35,10 @@ class Shape:
         )
 
 
-def lora_parameters(shapes: dict[str, list[int]], targets: Sequence[str], rank: int) -> int:
-    """Trainable parameters of LoRA on these layers: rank * (in + out) each."""
-    return sum(rank * sum(shapes[f"{name}.weight"]) for name in targets)
+def lora_parameters(shapes: dict[str, list[int]], targets: Sequence[str], rank: int, shared: Sequence[Sequence[str]] = ()) -> int:
+    """Trainable parameters of LoRA on these layers: rank * (in + out) each. `shared`: layers that have one A together."""
+    once = sum(rank * shapes[f"{name}.weight"][1] for group in shared for name in group[1:])
+    return sum(rank * sum(shapes[f"{name}.weight"]) for name in targets) - once
 
 
 def memory(shape: Shape, *, precision: str, full: bool, micro_tokens: int, longest: int, checkpointing: bool) -> dict[str, float]:
@@ -68,10 +69,13 @@ def refuse_memory(need: dict[str, float], available: float, where: str) -> None:
 
 def refuse_disk(folder: Path, checkpoint_bytes: float, kept: int) -> None:
     """Room for the checkpoints that are kept, one being written, and the final result."""
+    refuse_room(folder, checkpoint_bytes * (kept + 3) + 20e6, "another out=, or keep fewer: save.keep=1")
+
+
+def refuse_room(folder: Path, need: float, advice: str = "another folder") -> None:
     folder = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    free, need = shutil.disk_usage(folder).free, checkpoint_bytes * (kept + 3) + 20e6
+    free = shutil.disk_usage(folder).free
     if need > free:
         raise UserError(
-            f"the run's checkpoints need about {need / GB:.2f} GB in {folder}; {free / GB:.2f} GB are free\n"
-            "free some room, choose another out=, or keep fewer: save.keep=1"
+            f"about {need / GB:.2f} GB will be written in {folder}; {free / GB:.2f} GB are free\nfree some room, or choose {advice}"
         )

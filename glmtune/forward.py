@@ -55,7 +55,10 @@ class Forward:
     @torch.no_grad()
     def _head_is_plain(self) -> bool:
         """Whether logits are exactly hidden @ head^T (no scale, cap or bias), so that the head can run at learned positions only."""
-        ids = torch.arange(4, device=self.device).unsqueeze(0) % self.head.weight.shape[0]
+        config = self.model.config
+        marks = [getattr(config, name, None) for name in ("gmask_token_id", "bos_token_id")]  # ChatGLM-6B reads nothing without
+        ids = [*(mark for mark in marks if isinstance(mark, int)), 0, 1, 2, 3]
+        ids = torch.tensor([ids], device=self.device) % self.head.weight.shape[0]
         hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         if self.head.bias is not None:
             return False

@@ -281,7 +281,8 @@ def _sites(block: Any) -> list[list[Any]]:
 def _adapters(model: Any) -> list[nn.Parameter]:
     """A and B of every adapted layer, in the order in which `_Stack` returns their gradients."""
     layers = [layer for block in model.model.layers for site in _sites(block) for layer in site]
-    return [parameter for layer in layers if layer.lora_A is not None for parameter in (layer.lora_A, layer.lora_B)]
+    found = [parameter for layer in layers if layer.lora_A is not None for parameter in (layer.lora_A, layer.lora_B)]
+    return list(dict.fromkeys(found))  # a shared A stands once
 
 
 class _Site:
@@ -323,7 +324,8 @@ class _Site:
         parts = zip(self.layers, dys, z_TR.split(self.ranks, dim=1), dA_Ri.split(self.ranks), strict=True)
         for layer, dy_To, z_Tr, dA_ri in parts:
             if layer.lora_A is not None:
-                grads[layer.lora_A] = dA_ri.float()
+                shared = grads.get(layer.lora_A)
+                grads[layer.lora_A] = dA_ri.float() if shared is None else shared + dA_ri.float()
                 grads[layer.lora_B] = (z_Tr.T @ dy_To).T.float() * layer.scaling
 
 

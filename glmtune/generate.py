@@ -9,6 +9,7 @@ from typing import Any
 
 from .chat import Template
 from .errors import UserError
+from .families import family_of
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,10 @@ class Sampling:
 def published_settings(folder: Path) -> dict[str, Any]:
     """temperature and top_p as the model's publisher set them in generation_config.json; greedy where it says nothing."""
     path = folder / "generation_config.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        published = family_of(folder).settings if (folder / "config.json").is_file() else {}
+        return {key: value for key, value in published.items() if key in ("temperature", "top_p")}
+    found = json.loads(path.read_text(encoding="utf-8"))
     if not found.get("do_sample"):
         return {}
     return {"temperature": float(found.get("temperature") or 1.0), "top_p": float(found.get("top_p") or 1.0)}
@@ -81,10 +85,11 @@ def _steps(
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     cache = DynamicCache(config=model.config)
     generator = _generator(sampling, device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    written = ids
     stops, alive = set(stop_ids), [True] * len(prompts)
     budget = min(sampling.max_new_tokens, limit - longest if limit is not None else sampling.max_new_tokens)
     for _ in range(budget):
+        positions = _positions(model, written, mask)[..., -ids.shape[1] :]
         with torch.inference_mode():
             out = model(
                 input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
@@ -97,7 +102,14 @@ def _steps(
         if not any(alive):
             return
         mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], -1)
-        positions = positions[:, -1:] + 1
+        written = torch.cat([written, ids], -1)
+
+
+def _positions(model: Any, ids: Any, mask: Any) -> Any:
+    """Positions of everything written so far, [B, S]: pads count for nothing. ChatGLM-6B counts in two dimensions, [B, 2, S]."""
+    if hasattr(model, "make_position_ids"):
+        return model.make_position_ids(ids, mask)
+    return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def stream(model: Any, template: Template, messages: Sequence[dict[str, Any]], sampling: Sampling) -> Iterator[str]:

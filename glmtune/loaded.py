@@ -50,7 +50,6 @@ def load(
     it fits in a third of the memory (adapters then lose nothing), else bf16.
     """
     import torch
-    from transformers import AutoTokenizer
 
     if quant is not None:
         raise UserError(f"quant: '{quant}' is not available")
@@ -61,16 +60,12 @@ def load(
 
         roomy = target.type == "cpu" and families.num_parameters(place.base) * 4 < psutil.virtual_memory().total / 3
         dtype = torch.float32 if roomy or not families.fast_bf16(target) else torch.bfloat16
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(dtype, dtype)
-    template = families.open_template(
-        place.base if place.adapter is None or not (place.adapter / "tokenizer.json").is_file() else place.adapter, place.template
-    )
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(dtype, dtype)
+    template = families.open_template(place.tokenizer, place.template)
     model = families.load_model(place.base, dtype=dtype, device=target)
     methods.prepare(model, dtype)
     if place.adapter is not None:
         methods.load(model, place.adapter)
     targets = sorted({name.split(".")[-1] for name in methods.blocks(model)})
-    tokenizer = AutoTokenizer.from_pretrained(place.base)
-    if template.jinja:
-        tokenizer.chat_template = template.jinja
+    tokenizer = families.hf_tokenizer(place.base, template)
     return Loaded(model, tokenizer, template, targets, place.system, published_settings(place.base))

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .errors import UserError
-from .families import pick_targets
+from .families import pick_targets, sharing
 from .run import Full, Lora
 
 PREFIX = "base_model.model."  # of every tensor in PEFT's files
@@ -124,6 +124,7 @@ def _attach_full(model: nn.Module, options: Full, seed: int) -> None:
 def _attach_lora(model: nn.Module, options: Lora, seed: int) -> None:
     layers = blocks(model)
     chosen = pick_targets(options.targets, list(layers))
+    first = {name: group[0] for group in sharing(chosen) for name in group} if options.share_a else {}
     noise = RowNoise(seed, [layers[name] for name in chosen]) if options.dropout else None
     generator = torch.Generator().manual_seed(seed)
     for name in chosen:
@@ -132,6 +133,8 @@ def _attach_lora(model: nn.Module, options: Lora, seed: int) -> None:
         bound = 1 / math.sqrt(layer.in_features)  # kaiming uniform with a = sqrt(5), as PEFT starts A
         A.uniform_(-bound, bound, generator=generator)
         _set_lora(layer, A, torch.zeros(layer.out_features, options.rank), options.alpha / options.rank)
+        if first.get(name, name) != name:
+            layer.lora_A = layers[first[name]].lora_A
         layer.dropout, layer.noise = options.dropout, noise
 
 
@@ -166,6 +169,15 @@ def disabled(model: nn.Module):
             layer.lora_A = A
 
 
+def merge(model: nn.Module) -> None:
+    """Adds the adapter to the weights, in place, and takes it off: W + B A * scaling, summed in fp32, kept in W's dtype."""
+    for layer in blocks(model).values():
+        if layer.lora_A is not None and layer.lora_B is not None:
+            update = (layer.lora_B.detach() @ layer.lora_A.detach()) * layer.scaling
+            layer.weight.data = (layer.weight.detach().float() + update).to(layer.weight.dtype)
+            layer.lora_A = layer.lora_B = None
+
+
 # --- files --------------------------------------------------------------------------------------------------------------
 
 
@@ -174,17 +186,20 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     found = {}
     for name, layer in blocks(model).items():
         if layer.lora_A is not None and layer.lora_B is not None:
-            found[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
-            found[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach().cpu().contiguous()
+            found[f"{PREFIX}{name}.lora_A.weight"] = (
+                layer.lora_A.detach().cpu().clone()
+            )  # a shared A is written once for each layer
+            found[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach().cpu().clone()
     return found
 
 
 def save_adapter(model: nn.Module, folder: Path, options: Lora, base: str) -> None:
     """Writes adapter_model.safetensors and adapter_config.json, reads them back and compares. `base`: what plain PEFT should open."""
     tensors = adapter_tensors(model)
-    expected = len(trainable(model))
-    if len(tensors) != expected:
-        raise AssertionError(f"the model has {expected} trainable tensors, the adapter {len(tensors)}")
+    kept = {id(p) for layer in blocks(model).values() for p in (layer.lora_A, layer.lora_B)}
+    lost = [name for name, parameter in trainable(model).items() if id(parameter) not in kept]
+    if lost or not tensors:
+        raise AssertionError(f"these trained tensors are in no adapter: {lost}")
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(tensors, folder / "adapter_model.safetensors")
     layers = [name.removeprefix(PREFIX).removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
@@ -319,12 +334,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: not a whole safetensors file ({error}); it may have been cut short, copy it again") from None
 
 
-def save_full(model: Any, folder: Path) -> None:
-    """A fully trained model as an ordinary Hugging Face folder (fp32), read back and compared."""
+def save_full(model: Any, folder: Path, shard: str = "4GB") -> None:
+    """A model as an ordinary Hugging Face folder in shards of at most `shard`, read back and compared."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=shard)
     state = model.state_dict()
     for path in sorted(folder.glob("*.safetensors")):
         _sync(path)

@@ -68,10 +68,14 @@ def make(run: Run, say: Callable[[str], None] = lambda text: None) -> Plan:
     folder = families.resolve(run.model, say)
     shapes = families.tensor_shapes(folder)
     template = families.open_template(folder, run.template, learn=getattr(run.stage, "learn", "all"))
-    targets = families.pick_targets(run.method.targets, families.linear_names(folder)) if run.method.kind == "lora" else []
+    targets, shared = [], []
+    if run.method.kind == "lora":
+        wanted = families.published_targets(run.method.targets, folder)
+        targets = families.pick_targets(wanted, families.linear_names(folder))
+        shared = families.sharing(targets) if run.method.share_a else []
     reads = families.reads_at_most(folder)
     # Rotary positions go on past what a model was made for, with worse results; a table of positions ends.
-    rotary = any(key.startswith("rope") for key in families.config_of(folder))
+    rotary = any(key.startswith(("rope", "position_encoding")) for key in families.config_of(folder))
     limits = Limits(run.max_length, run.too_long, None if rotary else reads)
     rows, dev_rows, notes = loaded.rows, [], list(loaded.notes)
     if run.eval.data:
@@ -90,7 +94,7 @@ def make(run: Run, say: Callable[[str], None] = lambda text: None) -> Plan:
         longest = max(len(example.ids) for example in beyond)
         notes.append(f"warning: {len(beyond)} rows are longer than the {reads} tokens this model was made for (longest {longest})")
     parameters = families.num_parameters(folder)
-    trainable = estimate.lora_parameters(shapes, targets, run.method.rank) if targets else parameters
+    trainable = estimate.lora_parameters(shapes, targets, run.method.rank, shared) if targets else parameters
     return Plan(
         run, folder, template, train.examples, dev.examples, _questions(run, template, rows, reading, reads), targets,
         estimate.Shape.of(families.config_of(folder), parameters, trainable), notes,

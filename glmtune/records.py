@@ -75,4 +75,13 @@ class Example:
         return sum(1 for weight in self.weights if weight)
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """A fast tokenizer: the text of its tokenizer.json, and what belongs into tokenizer_config.json (eos_token, chat_template ...;
+    `end_tokens`: further tokens at which an answer ends)."""
+
+    json: str
+    config: dict[str, Any]
+
+
 Learn = Literal["all", "last", "everything"]

@@ -83,6 +83,9 @@ class Lora(Options):
     targets: list[str] | None = Field(
         default=None, description="names of the linear layers to adapt; null: every linear layer of the blocks"
     )
+    share_a: bool = Field(
+        default=False, description="q, k and v share one A, as LoRA on ChatGLM's fused query_key_value has it: a third of the A's"
+    )
 
 
 class Full(Options):
@@ -91,6 +94,10 @@ class Full(Options):
     kind: Literal["full"] = "full"
 
 
+Chat = Literal[  # the names of chat.FORMS and families.CHATS
+    "auto", "plain", "chatml", "alpaca", "chatglm", "chatglm2", "chatglm3", "glm4", "characterglm", "codegeex2", "internlm", "internlm2", "baichuan", "baichuan2",
+    "llama2", "chinese-alpaca", "chinese-alpaca-2",
+]  # fmt: skip
 METHODS: dict[str, type[Options]] = {"lora": Lora, "full": Full}
 
 
@@ -172,8 +179,9 @@ class Run(Options):
     system: str | None = Field(
         default=None, description="system prompt of rows without one; also the default of chat and predict afterwards"
     )
-    template: Literal["auto", "plain", "chatml", "alpaca"] | Form = Field(
-        default="auto", description="the chat format: auto is the model's own; or a group with system, user, assistant, stop"
+    template: Chat | Form = Field(
+        default="auto",
+        description="the chat format: auto is the model's own; a name; or a group with system, user, assistant, stop",
     )
     join: str | None = Field(
         default=None, description="what stands between instruction and input; null: a newline (alpaca template: its own heading)"

@@ -47,6 +47,11 @@ def encode_conversations(template: Template, rows: Sequence[Conversation], limit
     """Conversations -> Examples under the length policy. Raises UserError when the policy is `error` and a row is too long,
     when a question alone is too long for a cut, or when nothing is left to learn."""
     made, long = Encoded(), []
+    whole, rows = len(rows), [part for row in rows for part in template.split(row)]
+    if len(rows) > whole:
+        made.counts["further sequences: this model reads earlier rounds as part of the question, so every answer gets its own"] = (
+            len(rows) - whole
+        )
     for row in rows:
         example = template.encode(row)
         if len(example.ids) > limits.longest:

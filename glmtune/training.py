@@ -304,7 +304,8 @@ class _Training:
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         methods.prepare(self.model, compute)
-        methods.attach(self.model, options_.method, options_.seed)
+        method = options_.method.model_copy(update={"targets": made.targets}) if made.targets else options_.method
+        methods.attach(self.model, method, options_.seed)
         self.parameters = methods.trainable(self.model)
         longest = max(len(example.ids) for example in [*made.examples, *made.dev])
         dropout = getattr(options_.method, "dropout", 0.0)
@@ -498,7 +499,7 @@ class _Training:
             methods.save_adapter(self.model, work, method, str(self._base_name()))
         else:
             methods.save_full(self.model, work)
-        save_tokenizer(self.plan.folder, work, self.plan.template.jinja)
+        families.save_tokenizer(self.plan.folder, self.plan.template, work)
         (work / "README.md").write_text(_adapter_readme(self.plan.run, self._base_name(), full), encoding="utf-8")
         if final:
             shutil.rmtree(target, ignore_errors=True)
@@ -615,19 +616,6 @@ class _Training:
         self.screen.stop()
         write_jsonl(path, rows)
         return rows
-
-
-def save_tokenizer(base: Path, folder: Path, jinja: str) -> None:
-    """The tokenizer files of the base, and the chat template that was trained, so that what was trained is what is served."""
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
-        if (base / name).is_file() and not (folder / name).is_file():
-            shutil.copyfile(base / name, folder / name)
-    config_path = folder / "tokenizer_config.json"
-    if config_path.is_file():
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        if config.pop("chat_template", None) is not None:
-            config_path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(jinja, encoding="utf-8")
 
 
 def _adapter_readme(run: Run, base: str, full: bool) -> str:

@@ -193,7 +193,6 @@ def test_a_model_without_a_chat_format_lists_the_choices(tmp_path):
 @pytest.mark.parametrize(
     ("source", "why"),
     [
-        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "no special token ends"),
         ("{% for m in messages %}{{ m['role'] }}<|im_end|>{% endfor %}", "does not appear exactly once"),
         ("{{ messages|length }}{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}", "not the beginning"),
         ("{% for m in messages|reverse %}{{ m['content'] }}<|im_end|>{% endfor %}", "does not appear exactly once"),
@@ -203,6 +202,15 @@ def test_a_model_without_a_chat_format_lists_the_choices(tmp_path):
 def test_a_template_that_cannot_be_cut_says_so(tmp_path, source, why):
     with pytest.raises(UserError, match=why):
         families.open_template(tiny.tokenizer(tmp_path, source))
+
+
+def test_a_template_without_end_marks_learns_the_last_answer_only(tmp_path):
+    """Earlier rounds are then part of the question; every answer gets a sequence of its own."""
+    template = families.open_template(tiny.tokenizer(tmp_path, "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"))
+    talk = Conversation((Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d")))
+    learned = [[t for t, w in template.show(template.encode(part)) if w] for part in template.split(talk)]
+    assert learned == [["b", "<|im_end|>"], ["d", "<|im_end|>"]]
+    assert template.encode(talk).ids[: len(template.prompt(talk))] == template.prompt(talk)
 
 
 def test_a_template_that_trims_is_followed_and_counted(tmp_path):

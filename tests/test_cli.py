@@ -266,7 +266,7 @@ def test_show_json_is_the_whole_plan(glmtune, tiny_model, rows):
     found = glmtune("show", f"model={tiny_model}", f"data={rows}", "eval.share=0.3", "method.rank=2", "--json").json
     assert found["rows"] + found["dev_rows"] == 8 and found["dev_rows"] > 0
     assert found["trainable"] == 1856 and 0 < found["learned_tokens"] < found["tokens"] and found["longest"] <= found["tokens"]
-    assert found["run"]["method"] == {"kind": "lora", "rank": 2, "alpha": 16, "dropout": 0, "targets": None}
+    assert found["run"]["method"] == {"kind": "lora", "rank": 2, "alpha": 16, "dropout": 0, "targets": None, "share_a": False}
     assert found["resolved"]["lr"] == 2e-4 and found["memory_gb"] > 0
 
 
@@ -591,7 +591,7 @@ def test_doctor_says_why_torch_sees_no_card(glmtune, monkeypatch):
 
 def test_doctor_tells_what_a_model_is(glmtune, tiny_model, trained):
     found = glmtune("doctor", tiny_model, "--json").json
-    assert found["model_type"] == "llama" and found["class"] == "LlamaForCausalLM" and found["adapter"] == "none"
+    assert found["loaded as"] == "LlamaForCausalLM of transformers" and found["adapter"] == "none"
     assert found["reads at most"] == "512 tokens" and found["an answer ends at"] == "<|im_end|>"
     assert found["LoRA targets"].split(", ") == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
     of_run = glmtune("doctor", trained, "--json").json

@@ -1,6 +1,7 @@
 """The house's laws: a file imports only from files above it, and the light ones stay light."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,18 @@ ORDER = [
     "batch",
     "losses",
     "families.smollm2",
+    "families.family",
+    "families.hub",
+    "families.vocab",
+    "families.weights",
+    "families.chatglm1",
+    "families.chatglm",
+    "families.llama",
+    "families.internlm",
+    "families.alibi",
+    "families.baichuan",
     "families",
+    "autoload",
     "methods",
     "fused",
     "forward",
@@ -35,6 +47,7 @@ ORDER = [
     "report",
     "training",
     "predict",
+    "export",
     "screen",
     "repl",
     "doctor",
@@ -92,5 +105,8 @@ def test_no_code_of_a_checkpoint_and_no_pickle():
     for name, path in FILES.items():
         text = path.read_text(encoding="utf-8")
         for banned in ("trust_remote_code=True", "torch.load(", "import pickle", "shell=True", "yaml.load(text)", "exec(", "eval("):
+            if banned == "torch.load(" and name == "families.weights":  # the one door for published .bin files
+                assert re.findall(r"torch\.load\([^)]*\)", text) == ['torch.load(path, map_location="cpu", weights_only=True)']
+                continue
             allowed = banned == "eval(" and (".eval()" in text)
             assert allowed or banned not in text, (name, banned)

@@ -1,6 +1,7 @@
 """Tiny models with a byte-level tokenizer, made on the spot: seconds, no network, no weights in the repository."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,13 @@ SPECIAL = [
 ]
 
 
-def tokenizer(folder: Path, chat_template: str | None = CHATML, eos: str = "<|im_end|>", bos: str = "<|im_start|>") -> Path:
+def tokenizer(
+    folder: Path,
+    chat_template: str | None = CHATML,
+    eos: str = "<|im_end|>",
+    bos: str = "<|im_start|>",
+    special: Sequence[str] = SPECIAL,
+) -> Path:
     """A byte-level BPE tokenizer with a few merges, written as an ordinary tokenizer folder."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -45,7 +52,7 @@ def tokenizer(folder: Path, chat_template: str | None = CHATML, eos: str = "<|im
     made.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=330,
-        special_tokens=[AddedToken(name, special=True) for name in SPECIAL],
+        special_tokens=[AddedToken(name, special=True) for name in special],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -3,19 +3,59 @@
 No code that came with a checkpoint is ever run. Nothing here sees a data set.
 """
 
+import hashlib
 import json
 import os
 import re
-import struct
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..chat import Form, Template, Tokens, choose
 from ..errors import UserError, did_you_mean
-from ..options import read
-from . import smollm2
+from ..options import read, write_whole
+from . import baichuan, chatglm, hub, internlm, llama, smollm2, weights
+from .family import Family, Take, Vocabulary
+
+# model_type of a published config.json -> who reads it. None: the folder is what transformers knows itself.
+READERS: dict[str, Callable[[Path, dict[str, Any]], Family | None]] = {
+    "chatglm": chatglm.read,
+    "internlm": internlm.read,
+    "internlm2": internlm.read,
+    "internlm3": internlm.read,
+    "baichuan": baichuan.read,
+    "llama": llama.read,
+}
+# Chat formats by name (run option `template`), beside those of chat.FORMS.
+CHATS: dict[str, str] = {
+    "chatglm": chatglm.CHATGLM1,
+    "chatglm2": chatglm.CHATGLM2,
+    "chatglm3": chatglm.CHATGLM3,
+    "glm4": chatglm.GLM4,
+    "characterglm": chatglm.CHARACTERGLM,
+    "codegeex2": chatglm.CODEGEEX2,
+    "internlm": internlm.INTERNLM,
+    "internlm2": internlm.INTERNLM2,
+    "baichuan": baichuan.BAICHUAN,
+    "baichuan2": baichuan.BAICHUAN2,
+    "llama2": llama.LLAMA2,
+    "chinese-alpaca": llama.ALPACA,
+    "chinese-alpaca-2": llama.ALPACA2,
+}
+MARKS = {  # the special tokens without which a format cannot be written
+    "chatglm": ("[gMASK]", "<sop>"),
+    "chatglm2": ("[gMASK]", "sop"),
+    "chatglm3": ("[gMASK]", "sop", "<|user|>", "<|assistant|>"),
+    "glm4": ("[gMASK]", "<sop>", "<|user|>", "<|assistant|>"),
+    "characterglm": ("[gMASK]", "sop"),
+    "codegeex2": ("[gMASK]", "sop"),
+    "internlm": ("<eoa>",),
+    "internlm2": ("<|im_start|>", "<|im_end|>"),
+    "baichuan": baichuan.MARKS["Baichuan"],
+    "baichuan2": baichuan.MARKS["Baichuan2"],
+}
+OURS = ("chatglm1", "llama_alibi")  # model types that have a class of ours
 
 
 @dataclass(frozen=True)
@@ -28,6 +68,11 @@ class Place:
     system: str | None = None
     template: Any = "auto"  # str or Form
     join: str | None = None  # between instruction and input, as it was trained; None: the template's usual one
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder whose tokenizer counts: what was trained carries its own."""
+        return self.adapter if self.adapter is not None and (self.adapter / "tokenizer.json").is_file() else self.base
 
 
 def locate(model: str | Path, adapter: str | Path | None = None, say=lambda text: None) -> Place:
@@ -100,86 +145,54 @@ def resolve(name: str, say=lambda text: None) -> Path:
         return path
     if path.is_file():
         raise UserError(f"{path} is a file; a model is a folder with config.json, tokenizer.json and *.safetensors")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not hub.is_id(name):
         siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
         near = did_you_mean(path.name, [*siblings, smollm2.NAME])
         raise UserError(
             f"there is no model '{name}': no such folder{near}\nA model is {smollm2.NAME}, a folder, or a hub id like Qwen/Qwen2.5-0.5B-Instruct"
         )
-    return _from_hub(name, say)
-
-
-def _from_hub(name: str, say) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    wanted = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model", "*.txt"]  # never *.py, never pickles
-    repo, _, revision = name.partition("@")
-    try:
-        say(f"looking for {name} on the Hugging Face hub ...")
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"there is no model '{name}' on the hub (or it needs a login: `hf auth login`), and no such folder here"
-        ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0][:120]
-        raise UserError(
-            f"'{name}' is no folder here, and the Hugging Face hub could not be reached ({reason})\n"
-            f"Use a mirror (HF_ENDPOINT=https://...), download the folder by hand and give its path, or use model={smollm2.NAME}"
-        ) from None
+    return hub.download(name, say)
 
 
 # --- what is known before anything heavy is loaded -----------------------------------------------------------------------
 
 
-def config_of(folder: Path) -> dict[str, Any]:
+def family_of(folder: Path) -> Family:
+    """What a model folder is, by its config.json. A folder that transformers knows itself is a Family whose names stay as they are.
+
+    Raises UserError for a broken config.json, or settings that no native model can express.
+    """
+    config = published_config(folder)
+    made = READERS.get(config.get("model_type", ""), lambda folder, config: None)(folder, config)
+    return made or Family(
+        str((config.get("architectures") or [config.get("model_type")])[0]), config, lambda name: [Take(name)], native=True
+    )
+
+
+def published_config(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'config.json'}: {error}; copy the model folder again") from None
+    if not isinstance(found, dict) or not isinstance(found.get("model_type", ""), str):
+        raise UserError(f"{folder / 'config.json'} is not a model's config; wanted an object with model_type")
+    return found
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """config.json of the native model that the folder becomes."""
+    return family_of(folder).config
 
 
 def tensor_shapes(folder: Path) -> dict[str, list[int]]:
-    """Names and shapes of all tensors, read from the safetensors headers (milliseconds). Raises UserError on missing or cut files."""
-    files = sorted(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{index} is cut short or damaged; copy or download it again") from None
-        missing = sorted(wanted - {p.name for p in files})
-        if missing:
-            raise UserError(
-                f"{folder} is not complete: {len(missing)} of {len(wanted)} weight files are missing ({missing[0]} ...)"
-            )
-        files = [p for p in files if p.name in wanted]
-    if not files:
-        raise UserError(f"{folder} holds no *.safetensors weights")
-    shapes: dict[str, list[int]] = {}
-    for path in files:
-        shapes.update((name, item["shape"]) for name, item in _header(path))
-    return shapes
+    """Native names and shapes of all tensors, from the files' headers (milliseconds). Raises UserError on missing or cut files."""
+    family = family_of(folder)
+    stored = weights.open_folder(folder, _bits(folder))
+    return {name: list(shape) for name, shape, _, _ in weights.native(family, stored)}
 
 
-def _header(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    size = path.stat().st_size
-    broken = UserError(f"{path} is cut short or damaged ({size} bytes); copy or download it again")
-    with open(path, "rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if 8 + length > size:
-            raise broken
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            raise broken from None
-    if not isinstance(header, dict) or not (header := {k: v for k, v in header.items() if k != "__metadata__"}):
-        raise broken
-    if 8 + length + max(item["data_offsets"][1] for item in header.values()) != size:
-        raise broken
-    yield from header.items()
+def _bits(folder: Path) -> int:
+    return int(published_config(folder).get("quantization_bit") or 0)
 
 
 def linear_names(folder: Path) -> list[str]:
@@ -190,6 +203,26 @@ def linear_names(folder: Path) -> list[str]:
         for name, shape in shapes.items()
         if name.endswith(".weight") and len(shape) == 2 and any(part.isdigit() for part in name.split("."))
     ]
+
+
+def published_targets(wanted: Sequence[str] | None, folder: Path) -> list[str] | None:
+    """LoRA targets with the published names of fused layers (query_key_value, W_pack, dense_h_to_4h ...) put into native ones."""
+    if wanted is None:
+        return None
+    names = published_names(folder)
+    return [leaf for target in wanted for leaf in names.get(target, [target])]
+
+
+def published_names(folder: Path) -> dict[str, list[str]]:
+    """Last names of the blocks' published layers that are named otherwise in the native model, and what they are there."""
+    family = family_of(folder)
+    made: dict[str, dict[str, None]] = {}
+    for name in weights.open_folder(folder, _bits(folder)):
+        for take in family.places(name) or ():
+            if name.endswith(".weight") and any(part.isdigit() for part in name.split(".")):
+                made.setdefault(name.split(".")[-2], {})[take.name.split(".")[-2]] = None
+    native = {leaf for leaves in made.values() for leaf in leaves}
+    return {old: list(new) for old, new in made.items() if old not in native}
 
 
 def pick_targets(wanted: Sequence[str] | None, names: Sequence[str]) -> list[str]:
@@ -217,6 +250,16 @@ def pick_targets(wanted: Sequence[str] | None, names: Sequence[str]) -> list[str
     return [name for name in names if name in chosen]
 
 
+def sharing(chosen: Sequence[str]) -> list[list[str]]:
+    """Groups of layers that have one A under `share_a`: q, k and v of an attention, which read the same input."""
+    groups: dict[str, list[str]] = {}
+    for name in chosen:
+        parent, _, leaf = name.rpartition(".")
+        if leaf in ("q_proj", "k_proj", "v_proj"):
+            groups.setdefault(parent, []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
 def reads_at_most(folder: Path) -> int | None:
     """Positions that the model was made for; None where its config names none."""
     config = config_of(folder)
@@ -233,17 +276,114 @@ def num_parameters(folder: Path) -> int:
     return total
 
 
+def open_tokens(folder: Path) -> Tokens:
+    """The tokenizer of a model or adapter folder. Published SentencePiece and tiktoken files are turned into tokenizer.json at first
+    use (seconds) and kept in the cache."""
+    family = family_of(folder) if (folder / "config.json").is_file() else None
+    if family is None and not (folder / "tokenizer.json").is_file() and (found := chatglm.vocabulary(folder)):
+        return Tokens.of_vocabulary(folder, found)
+    if family is None or family.vocabulary is None:
+        return Tokens.open(folder)
+    return Tokens.of_vocabulary(folder, _vocabulary(folder, family.vocabulary))
+
+
+def _vocabulary(folder: Path, build: Callable[[Path], Vocabulary]) -> Vocabulary:
+    digest = hashlib.sha256()
+    for path in [*sorted(folder.glob("*.json")), *sorted(folder.glob("*.model"))]:
+        if path.name not in ("tokenizer.json", "generation_config.json") and ".index." not in path.name:
+            digest.update(path.name.encode() + path.read_bytes())
+    for path in sorted(Path(__file__).parent.glob("*.py")):  # a newer program builds anew
+        digest.update(path.read_bytes())
+    kept = smollm2.cache_root() / "tokenizers" / f"{digest.hexdigest()[:32]}.json"
+    if kept.is_file():
+        found = json.loads(kept.read_text(encoding="utf-8"))
+        return Vocabulary(found["json"], found["config"])
+    made = build(folder)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(kept, json.dumps({"json": made.json, "config": made.config}, ensure_ascii=False))
+    except OSError:
+        pass  # a cache that cannot be written costs seconds next time, nothing else
+    return made
+
+
 def open_template(folder: Path, wanted: "str | Form" = "auto", **settings: Any) -> Template:
-    """The template of a model folder, from its tokenizer files only."""
-    return choose(wanted, Tokens.open(folder), **settings)
+    """The template of a model folder, from its tokenizer files only. wanted: auto, a name (FORMS, CHATS) or a Form."""
+    tokens = open_tokens(folder)
+    if isinstance(wanted, str) and wanted in CHATS:
+        missing = [mark for mark in MARKS.get(wanted, ()) if mark not in tokens.special]
+        if missing:
+            raise UserError(
+                f"template={wanted} writes {', '.join(missing)}, which this model's tokenizer does not have; use template=auto"
+            )
+        tokens.config["chat_template"] = tokens.chat_template = CHATS[wanted]
+        return replace(choose("auto", tokens, **settings), name=wanted)
+    return choose(wanted, tokens, **settings)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "ice_text.model"))
+
+
+def save_tokenizer(base: Path, template: Template, folder: Path) -> None:
+    """The tokenizer of `base` and the chat format of `template` as files that plain transformers reads, so that what was trained is
+    what is served; and in generation_config.json the tokens at which an answer ends."""
+    tokens = template.tokens
+    config = {key: value for key, value in tokens.config.items() if key not in ("chat_template", "auto_map")}
+    _write(folder / "tokenizer.json", tokens.json)
+    _write(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    _write(folder / "chat_template.jinja", template.jinja)
+    path = base / "generation_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    published = family_of(base).settings if (base / "config.json").is_file() else {}
+    if published and not settings:
+        settings = {"do_sample": True, **published}
+    if template.stop_ids:
+        settings["eos_token_id"] = template.stop_ids
+    settings.setdefault("pad_token_id", tokens.pad_id)
+    _write(folder / "generation_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def load_tokenizer(folder: str | Path) -> tuple[Any, Template]:
     """(transformers tokenizer, Template) of a folder. Needs only the tokenizer files and configs."""
-    from transformers import AutoTokenizer
+    path = Path(folder).expanduser()
+    folder = path if path.is_dir() and has_tokenizer(path) else resolve(str(folder))
+    template = open_template(folder)
+    return hf_tokenizer(folder, template), template
 
-    folder = resolve(str(folder))
-    return AutoTokenizer.from_pretrained(folder), open_template(folder)
+
+def hf_tokenizer(folder: Path, template: Template) -> Any:
+    """The tokenizer as transformers' users know it. Its plain call lets typed special tokens through, as transformers does; for user
+    text say `split_special_tokens=True`, as `Template` does in effect."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    tokens = template.tokens
+    if (folder / "tokenizer.json").is_file() and not tokens.built:
+        try:
+            made: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (ValueError, OSError, KeyError) as error:
+            raise UserError(f"{folder}: transformers cannot open this tokenizer: {str(error).splitlines()[0]}") from None
+    else:
+        from tokenizers import Tokenizer
+
+        known = (
+            "bos_token",
+            "eos_token",
+            "pad_token",
+            "unk_token",
+            "padding_side",
+            "model_input_names",
+            "clean_up_tokenization_spaces",
+        )
+        settings = {key: tokens.config[key] for key in known if key in tokens.config}
+        made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokens.json), **settings)
+    if template.jinja:
+        made.chat_template = template.jinja
+    return made
 
 
 # --- loading ------------------------------------------------------------------------------------------------------------
@@ -288,20 +428,76 @@ def pick_precision(wanted: str, device: Any) -> str:
 def load_model(path: str | Path, *, dtype: Any = "auto", device: Any = "auto") -> Any:
     """The model of a folder as a native `PreTrainedModel`, in eval mode.
 
-    dtype: a torch dtype, "bf16", "fp32", or "auto" (the checkpoint's own). Raises UserError: no such folder, no native class,
-    missing, extra or misshapen tensors (all of them listed).
+    dtype: a torch dtype, "bf16", "fp16", "fp32", or "auto" (the checkpoint's own). device "meta": names and shapes only, no weights
+    are needed. Raises UserError: no such folder, no native class, missing, extra or misshapen tensors (all of them listed).
     """
+    import torch
+
+    folder = resolve(str(path))
+    family = family_of(folder)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(dtype, dtype)
+    device = pick_device(device) if isinstance(device, str) else device
+    register()
+    if dtype == "auto":
+        named = str(published_config(folder).get("torch_dtype") or published_config(folder).get("dtype") or "float32")
+        dtype = getattr(torch, named.removeprefix("torch."), torch.float32)
+    if device.type == "meta":
+        return _empty(family, dtype, folder)
+    stored = weights.open_folder(folder, _bits(folder))
+    if family.native:
+        return _from_pretrained(folder, dtype, device)
+    model = _empty(family, dtype, folder)
+    weights.fill(model, family, stored, folder, dtype, device)
+    _fresh_buffers(model, device)
+    if (folder / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
+def register() -> None:
+    """Makes our own model classes known to transformers' Auto classes, by their model_type."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from . import alibi, chatglm1
+
+    for config, model in ((chatglm1.ChatGLM1Config, chatglm1.ChatGLM1ForCausalLM), (alibi.AlibiConfig, alibi.AlibiForCausalLM)):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModelForCausalLM.register(config, model, exist_ok=True)
+
+
+def _empty(family: Family, dtype: Any, folder: Path) -> Any:
+    """The native model without weights, on the meta device."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        settings = {key: value for key, value in family.config.items() if key not in ("model_type", "auto_map")}
+        config = AutoConfig.for_model(family.config["model_type"], **settings)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder / 'config.json'} does not describe a model of the kind {family.name}: {reason}") from None
+
+
+def _fresh_buffers(model: Any, device: Any) -> None:
+    """Buffers that no file holds (rotary frequencies) were made on the meta device; their modules are made again, for real."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if any(buffer.is_meta for buffer in child.buffers(recurse=False)):
+                setattr(parent, name, type(child)(model.config).to(device))
+
+
+def _from_pretrained(folder: Path, dtype: Any, device: Any) -> Any:
+    """A folder that transformers knows, through its own loader."""
     import contextlib
     import io
 
-    import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    folder = resolve(str(path))
-    tensor_shapes(folder)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(dtype, dtype)
-    device = pick_device(device) if isinstance(device, str) else device
     held, errors = logging.get_verbosity(), io.StringIO()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -311,7 +507,7 @@ def load_model(path: str | Path, *, dtype: Any = "auto", device: Any = "auto") -
                 folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
             )
     except (ValueError, KeyError, OSError, RuntimeError) as error:
-        kind = config_of(folder).get("model_type")
+        kind = published_config(folder).get("model_type")
         reason = next((line for line in str(error).splitlines() if line.strip()), "")[:200]
         raise UserError(
             f"{folder} (model_type '{kind}') cannot be opened by transformers without code from the checkpoint: {reason}"

@@ -1,0 +1,120 @@
+"""What a family file says about a published folder: which native model it is, and where each of its tensors goes.
+
+No torch in here: names and shapes of a checkpoint are known before anything heavy is loaded.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..records import Vocabulary
+
+__all__ = ["Family", "Places", "Take", "Vocabulary", "about_generation", "about_tokenizer", "added", "called", "places"]
+
+
+@dataclass(frozen=True)
+class Take:
+    """A native tensor as rows of a published one: its rows are cut into `groups` equal groups, of each the rows start:stop are kept.
+
+    groups 1 is a plain slice. ChatGLM-6B's and InternLM2's fused projections interleave q, k and v head by head: groups = heads.
+    """
+
+    name: str
+    start: int = 0
+    stop: int | None = None
+    groups: int = 1
+
+    def rows(self, total: int) -> int:
+        """How many rows it has, out of `total` published ones."""
+        return len(range(total // self.groups)[self.start : self.stop]) * self.groups
+
+
+Places = Callable[[str], Sequence[Take] | None]  # published name -> what becomes of it; () not needed; None: no such name
+
+
+def places(rules: Mapping[str, str | Sequence[Take]]) -> Places:
+    """A table of names as a function. In a rule `{}` stands for the layer's number and a last `*` for weight or bias (or anything);
+    the right side is a name, a list of Takes, or () for a tensor that is not needed."""
+    compiled = []
+    for pattern, takes in rules.items():
+        expression = re.escape(pattern).replace(r"\{\}", r"(?P<layer>\d+)").replace(r"\*", r"(?P<rest>[^.]+)")
+        compiled.append((re.compile(expression), (Take(takes),) if isinstance(takes, str) else takes))
+
+    def place(name: str) -> Sequence[Take] | None:
+        for pattern, takes in compiled:
+            found = pattern.fullmatch(name)
+            if found:
+                groups = found.groupdict()
+
+                def fill(text: str, groups: dict[str, str] = groups) -> str:
+                    return text.replace("{}", groups.get("layer") or "").replace("*", groups.get("rest") or "")
+
+                return [Take(fill(take.name), take.start, take.stop, take.groups) for take in takes]
+        return None
+
+    return place
+
+
+@dataclass(frozen=True)
+class Family:
+    """A published folder, understood.
+
+    config: config.json of the native model (its model_type names the class, transformers' own or one of ours).
+    normalised: native tensors whose rows are divided by their L2 norm when they are read (Baichuan2's head).
+    vocabulary: builds the fast tokenizer from the folder's published files; None: the folder's own tokenizer.json is used.
+    """
+
+    name: str  # for people: "ChatGLM3-6B"
+    config: dict[str, Any]
+    places: Places
+    vocabulary: Callable[[Path], Vocabulary] | None = None
+    normalised: tuple[str, ...] = ()
+    native: bool = False  # transformers knows the folder as it is
+    settings: dict[str, Any] = field(default_factory=dict)  # the published sampling settings: temperature, top_p
+    notes: tuple[str, ...] = ()  # what the user should know (doctor prints it)
+
+
+# --- what a folder says of itself ---------------------------------------------------------------------------------------------
+
+
+def called(folder: Path, config: dict[str, Any]) -> str:
+    """The names under which a model is known, lower case: its config's, its tokenizer's, its folder's or its hub id."""
+    here = folder.resolve()
+    hub = here.parent.parent.name if here.parent.name == "snapshots" else here.name
+    names = [config.get("_name_or_path"), about_tokenizer(folder).get("name_or_path"), hub]
+    return " ".join(str(name).rstrip("/").split("/")[-1] for name in names if name).lower()
+
+
+def about_tokenizer(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json over special_tokens_map.json, with chat_template.jinja; empty without them."""
+    about = _object(folder / "special_tokens_map.json") | _object(folder / "tokenizer_config.json")
+    if (folder / "chat_template.jinja").is_file():
+        about["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    template = about.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        about["chat_template"] = next((made["template"] for made in template if made["name"] == "default"), None)
+    return about
+
+
+def about_generation(folder: Path) -> dict[str, Any]:
+    return _object(folder / "generation_config.json")
+
+
+def _object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); copy the file again") from None
+
+
+def added(folder: Path) -> dict[str, int]:
+    """Tokens that a folder lists beside its vocabulary file: added_tokens.json and tokenizer_config.json's added_tokens_decoder."""
+    listed = about_tokenizer(folder).get("added_tokens_decoder", {})
+    found = {name: int(id) for name, id in _object(folder / "added_tokens.json").items()}
+    return found | {token["content"]: int(id) for id, token in listed.items() if token.get("special", True)}
