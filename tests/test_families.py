@@ -378,6 +378,10 @@ def test_loading_needs_no_second_copy_of_the_weights(dtype: str, stored: str, fo
     big = published.big_glm(tmp_path / "big", dtype=stored, form=form, shards=2)
     done = subprocess.run([sys.executable, "-c", MEASURE, str(small), str(big), dtype], capture_output=True, text=True)
     assert float(done.stdout) <= 1.15, done.stderr
+    if form == "safetensors":  # and so does the native folder that it becomes
+        native = export(big, tmp_path / "native", dtype="fp16")
+        done = subprocess.run([sys.executable, "-c", MEASURE, str(small), str(native), dtype], capture_output=True, text=True)
+        assert float(done.stdout) <= 1.15, done.stderr
 
 
 def quantise(tensors: dict[str, Tensor], bits: int) -> dict[str, Tensor]:

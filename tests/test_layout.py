@@ -26,6 +26,7 @@ ORDER = [
     "families.smollm2",
     "families.family",
     "families.hub",
+    "families.place",
     "families.vocab",
     "families.weights",
     "families.chatglm1",
