@@ -15,17 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .data import (
-    Problem,
-    Reading,
-    Want,
-    choose_forms,
-    open_file,
-    parse_items,
-    problem_of,
-    recognise,
-)
+from .data import Problem, parse_items, problem_of
 from .errors import UserError
+from .forms import Reading, Want, choose_forms, open_file, recognise
 from .reading import Broken, DataError, File, Item, find_files
 from .records import Conversation, Document
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from .batch import Batch
 from .chat import Template, encode_document
-from .data import Want
 from .errors import UserError
+from .forms import Want
 from .records import Conversation, Document, Example
 
 

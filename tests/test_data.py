@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glmtune import data
+from glmtune import data, forms
 from glmtune.errors import UserError
 from glmtune.records import Conversation, Document, Turn
 
@@ -109,7 +109,7 @@ def test_a_form_is_recognised_by_its_keys_and_said(form: str, row: dict, wanted:
     assert loaded.rows[1].where == "train.jsonl:2"
     assert loaded.rows[1].meta["row"] == row
     if form != "columns":
-        assert [(turn.role, turn.text) for turn in data.FORMATS[form](row).turns] == wanted
+        assert [(turn.role, turn.text) for turn in forms.FORMATS[form](row).turns] == wanted
 
 
 def test_message_keys_reach_their_turn() -> None:
@@ -526,7 +526,7 @@ def test_a_form_from_outside_is_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
     def shout(row: dict, join: str = "\n") -> Conversation:
         return Conversation((Turn("user", row["q"].upper()), Turn("assistant", row["a"].upper())))
 
-    monkeypatch.setitem(data.FORMATS, "shout", shout)
+    monkeypatch.setitem(forms.FORMATS, "shout", shout)
     assert turns(load([{"q": "hi", "a": "yo"}], format="shout")) == [("user", "HI"), ("assistant", "YO")]
 
 

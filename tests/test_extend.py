@@ -4,7 +4,7 @@ from typing import Literal
 
 import torch
 
-from glmtune import data, methods, run, stages, training
+from glmtune import forms, methods, run, stages, training
 from glmtune.options import Options
 from glmtune.records import Conversation, Turn
 from glmtune.run import load_run
@@ -29,7 +29,7 @@ def from_qa(row, join="\n", columns=None):
 
 
 def test_a_new_format_method_and_stage(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setitem(data.FORMATS, "qa", from_qa)
+    monkeypatch.setitem(forms.FORMATS, "qa", from_qa)
     monkeypatch.setitem(run.METHODS, "norms", NormsOnly)
     monkeypatch.setitem(run.DEFAULT_LR, "norms", 1e-2)
     monkeypatch.setitem(methods.METHODS, "norms", attach_norms)

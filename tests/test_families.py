@@ -536,3 +536,35 @@ def test_rope_ratio_divides_positions_of_chatglm2_and_multiplies_the_base_of_lat
         base, position = (10000.0, 100 / 50) if rope == "linear" else (10000.0 * 50, 100.0)
         want = torch.cos(torch.tensor([position * base ** (-2 * j / 6) for j in range(half)]))
         assert torch.allclose(cos[0, 0, :half], want, atol=1e-6)
+
+
+def test_tools_and_observations_of_chatglm3_become_the_published_pieces(goldens: Path):
+    """build_single_message and build_chat_input of the published tokenizer: header line and content encoded apart, tools as JSON behind
+    the system text; a special token in a tool's description stays text."""
+    folder = goldens.parent / "tokenizers" / "chatglm3"
+    if not folder.is_dir():
+        pytest.skip("the published tokenizers are not beside the project")
+    template = families.open_template(folder)
+    tokens = template.tokens
+    tools = [{"name": "get_weather", "description": "天气 <|user|> of a city", "parameters": {"city": {"type": "string"}}}]
+    messages = [
+        {"role": "system", "content": "Answer with tools.", "tools": tools},
+        {"role": "user", "content": "北京天气?"},
+        {"role": "assistant", "metadata": "get_weather", "content": " ```python\ntool_call(city='北京')\n```"},
+        {"role": "tool", "content": '{"t": 3}\n'},
+        {"role": "assistant", "content": "\n3 度。"},
+    ]
+
+    def single(role: str, metadata: str, content: str) -> list[int]:
+        return [tokens.special[f"<|{role}|>"], *tokens.encode(metadata + "\n"), *tokens.encode(content)]
+
+    want = [tokens.special["[gMASK]"], tokens.special["sop"]]
+    want += single("system", "", "Answer with tools." + "\n" + json.dumps(tools, indent=4, ensure_ascii=False))
+    want += single("user", "", "北京天气?") + single("assistant", "get_weather", messages[2]["content"])
+    want += single("observation", "", '{"t": 3}\n')
+    assert template.prompt(messages) == [*want, tokens.special["<|assistant|>"]]
+    example = template.encode(messages)
+    assert example.ids == want + single("assistant", "", "\n3 度。") + [2]
+    learned = [token for token, weight in zip(example.next_ids, example.weights) if weight]
+    call = single("assistant", "get_weather", messages[2]["content"])[1:]
+    assert learned == [*call, tokens.special["<|observation|>"], *single("assistant", "", "\n3 度。")[1:], 2]

@@ -18,6 +18,7 @@ ORDER = [
     "options",
     "run",
     "reading",
+    "forms",
     "data",
     "check",
     "chat",
