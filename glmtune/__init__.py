@@ -9,7 +9,7 @@ from .autoload import watch
 # OpenMP reads this when torch is loaded, so it must be set before.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Loaded", "Report", "Run", "UserError", "load", "load_run", "train"]
 
 _HOME = {

@@ -541,15 +541,18 @@ class Template:
         weights = [0.0, *example.weights[:-1]]
         made: list[tuple[str, float]] = []
         held: list[int] = []
+        # Decoders of SentencePiece take a blank off the beginning of what they are given: it is given something to take it off.
+        before = self.tokens.encode("a")
+        skipped = len(self.tokens.decode(before, keep_special=True))
         for token, weight in zip(example.ids, weights):
             held.append(token)
-            text = self.tokens.decode(held, keep_special=True)
+            text = self.tokens.decode([*before, *held], keep_special=True)[skipped:]
             if text.endswith("\ufffd") and len(held) < 6:
                 continue
             made.append((text, weight))
             held = []
         if held:
-            made.append((self.tokens.decode(held, keep_special=True), weights[-1]))
+            made.append((self.tokens.decode([*before, *held], keep_special=True)[skipped:], weights[-1]))
         return made
 
 

@@ -119,7 +119,7 @@ def model(name: str | Path, say=lambda text: None) -> dict[str, Any]:
         "code in the folder": "named by auto_map, never run" if "auto_map" in published else "none is named",
         "parameters": f"{parameters / 1e6:.1f} M in {len(shapes)} tensors; {parameters * 2 / 1e9:.2f} GB in bf16, {parameters * 4 / 1e9:.2f} GB in fp32",
         "stored as": f"int{bits} (ChatGLM's own quantisation; read as {stored})" if bits else stored,
-        "advice": _advice(config, families.pick_device()),
+        "advice": _advice(family.name, config, families.pick_device()),
         "reads at most": f"{config.get('max_position_embeddings', '?')} tokens",
         "LoRA targets": ", ".join(sorted({n.split(".")[-1] for n in families.linear_names(place.base)})),
     }
@@ -146,9 +146,9 @@ def model(name: str | Path, say=lambda text: None) -> dict[str, Any]:
     return found
 
 
-def _advice(config: dict[str, Any], device: Any) -> str:
+def _advice(name: str, config: dict[str, Any], device: Any) -> str:
     usual = families.pick_precision("auto", device)
     text = f"{usual} on this machine ({device})"
-    if config.get("model_type") in ("glm", "glm4"):  # THUDM/ChatGLM3 PR 689, LLaMA-Factory 4202: loss 0, NaN
+    if name.startswith(("ChatGLM3", "GLM-4")) or (name.startswith("Glm") and config.get("model_type") in ("glm", "glm4")):  # THUDM/ChatGLM3 PR 689, LLaMA-Factory 4202: loss 0, NaN
         text += "; not fp16: activations of ChatGLM3 and GLM-4 pass its largest number"
     return text

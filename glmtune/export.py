@@ -14,7 +14,7 @@ GB = 1e9
 
 def export(
     model: str | Path,
-    to: Path,
+    to: str | Path,
     *,
     adapter: str | Path | None = None,
     dtype: str = "auto",
@@ -28,6 +28,7 @@ def export(
     dtype "auto" is the published one. Everything is read back and compared before the folder gets its name.
     Raises UserError: `to` is taken, no room, nothing to export.
     """
+    to = Path(to)
     if to.suffix in (".gguf", ".bin", ".safetensors"):
         raise UserError(f"--to {to}: a folder is written, in transformers' layout; give a folder's name")
     if to.exists() and (not to.is_dir() or any(to.iterdir())):

@@ -4,7 +4,9 @@
 weight may run in bf16, everything it is added to is fp32, so that small updates are not rounded away; and it carries LoRA.
 """
 
+import contextlib
 import hashlib
+import io
 import json
 import math
 import os
@@ -339,7 +341,8 @@ def save_full(model: Any, folder: Path, shard: str = "4GB") -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model.save_pretrained(folder, max_shard_size=shard)
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar comes all the same
+        model.save_pretrained(folder, max_shard_size=shard)
     state = model.state_dict()
     for path in sorted(folder.glob("*.safetensors")):
         _sync(path)

@@ -43,6 +43,29 @@ class Document:
 
 
 @dataclass(frozen=True)
+class Preference:
+    """A question with a better and a worse answer, for reward models and DPO. `turns` ends before the answers."""
+
+    turns: tuple[Turn, ...]
+    chosen: Turn
+    rejected: Turn
+    where: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A conversation whose last answer is called good or bad, for KTO."""
+
+    turns: tuple[Turn, ...]
+    good: bool
+    where: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class Piece:
     """A stretch of a rendered conversation: plain text, or one special token by its id.
 

@@ -15,7 +15,7 @@ import yaml
 from glmtune import check, cli, data, train
 from glmtune.run import Source, load_run
 
-from . import tiny
+from . import published, tiny
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(p for p in [*ROOT.glob("README*.md"), *ROOT.glob("docs/*.md")] if p.name != "architecture.md")
@@ -71,6 +71,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.write_rows(folder / "questions.jsonl", [{"question": "Where is Paris?", "answer": "In France."}])
     tiny.write_rows(folder / "questions.json", [{"instruction": "Where is Paris?"}])
     (folder / "examples").symlink_to(ROOT / "examples")
+    for name in ("THUDM/chatglm3-6b", "models/chatglm3-6b", "cache/modelscope/ZhipuAI/chatglm3-6b@master"):
+        published.glm(folder / name, "THUDM/chatglm3-6b")  # a folder of that name comes before the hub
+    published.qwen(folder / "Qwen/Qwen2.5-0.5B-Instruct", "qwen2")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("GLMTUNE_CACHE", str(folder / "cache"))
@@ -118,15 +121,23 @@ def write_named(page: Path) -> None:
 def test_every_command_works(page, place, monkeypatch, capsys):
     write_named(page)
     found = blocks(page)
+    names: dict[str, Any] = {}
     for block, following in zip(found, [*found[1:], None]):
+        if block.language == "python" and page.name != "python.md":  # that one has a test of its own
+            exec(compile(block.text, str(page), "exec"), names)
         if block.language != "bash":
             continue
         for line in block.text.splitlines():
-            for words in commands(line):
+            for words in map(_without_variables, commands(line)):
                 if words[0] == "glmtune":
                     _check_ours(words[1:], following, monkeypatch, capsys)
                 else:
                     _check_other(words, line)
+
+
+def _without_variables(words: list[str]) -> list[str]:
+    """HF_ENDPOINT=... in front of a command goes."""
+    return words[1:] if re.match(r"[A-Z_]+=", words[0]) else words
 
 
 def _check_ours(arguments: list[str], following: Block | None, monkeypatch: Any, capsys: Any) -> None:
@@ -140,7 +151,8 @@ def _check_ours(arguments: list[str], following: Block | None, monkeypatch: Any,
     out, err = capsys.readouterr()
     wrong_on_purpose = arguments == ["data", "check", "broken.json"]
     assert code == (2 if wrong_on_purpose else 0), f"glmtune {shlex.join(arguments)}: {err}"
-    if arguments[:2] == ["data", "check"] and following is not None and following.language == "text":
+    shown = arguments[:2] == ["data", "check"] or (arguments[0] == "doctor" and len(arguments) == 2)
+    if shown and following is not None and following.language == "text":
         assert not [line for line in following.text.splitlines() if line not in (out + err).splitlines()]
 
 

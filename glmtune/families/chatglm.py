@@ -274,7 +274,8 @@ def _glm_vocabulary(folder: Path, version: str, named: str) -> Vocabulary:
             made, _tokenizer_config(GLM4, eos="<|endoftext|>", pad="<|endoftext|>", ends=("<|user|>", "<|observation|>"))
         )
     pieces = vocab.pieces(path)
-    names = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", *(ROLES if version == "chatglm3" else ())]
+    # A folder that does not say which of the two it is has the marks of both, so that template=chatglm3 can be asked for.
+    names = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", *(ROLES if version == "chatglm3" or not named else ())]
     special = {name: pieces[name] for name in ("<unk>", "<s>", "</s>") if name in pieces}
     special |= {name: len(pieces) + i for i, name in enumerate(names)}
     made = vocab.from_sentencepiece(path, special=special, front=("[gMASK]", "sop"))
