@@ -60,13 +60,21 @@ def _add(table: Any) -> None:
         getattr(table, name)[model_type] = ours[which]
 
 
+def register() -> None:
+    """Our classes through transformers' own functions, at once."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for model_type, (file, config, model) in OURS.items():
+        found = importlib.import_module(f".families.{file}", __package__)
+        AutoConfig.register(model_type, getattr(found, config), exist_ok=True)
+        AutoModelForCausalLM.register(getattr(found, config), getattr(found, model), exist_ok=True)
+
+
 def watch() -> None:
     """To be called once, when glmtune is imported."""
     for model_type, (file, _, _) in OURS.items():
         sys.modules.setdefault(f"transformers.models.{model_type}", _Stand(f"transformers.models.{model_type}", file))
     if any(table in sys.modules for table in TABLES):  # transformers came first: its tables are made, only it can add to them
-        from .families import register
-
         register()
     else:
         sys.meta_path.insert(0, _Watch())

@@ -14,13 +14,16 @@ template cut into parts by rendering it once with sentinels in place of the text
 
 import datetime
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from . import tools
 from .errors import UserError
 from .records import Conversation, Document, Example, Learn, Piece, Turn, Vocabulary
 from .run import Form
@@ -44,6 +47,7 @@ FORMS: dict[str, Form] = {
 DEFAULT_SYSTEM = {
     "alpaca": "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
 }
+KEPT = 24  # characters up to which a text's ids are remembered
 JOIN = {"alpaca": "\n\n### Input:\n"}  # what stands between instruction and input; elsewhere a newline
 
 
@@ -68,11 +72,14 @@ class Tokens:
         tree = json.loads(tokenizer_json)
         self.special = {t["content"]: t["id"] for t in tree.get("added_tokens", []) if t["special"]}
         self.names = {id: name for name, id in self.special.items()}
+        # SentencePiece's leading blank: some tokenizers write it before the first text only, some also behind a special token; a few
+        # published formats (`apart`) encode an answer by itself, so that it gets one wherever it stands.
         self.prepends = any(part.get("type") == "Prepend" for part in _parts(tree, "normalizer", "normalizers"))
         self._inner = self._raw
-        if _prepends_once(tree):  # SentencePiece's leading blank belongs to the first text only
+        if _prepends_once(tree) or (self.prepends and not config.get("apart")):
             self._inner = Tokenizer.from_str(json.dumps(_never_prepend(tree)))
             self._inner.encode_special_tokens = True
+        self._short: dict[tuple[str, bool], list[int]] = {}  # headers and other texts that come again
         self.chat_template: str | None = config.get("chat_template")
         self.eos_id = self._id("eos_token")
         self.bos_id = self._id("bos_token")
@@ -116,8 +123,19 @@ class Tokens:
         return (value.get("content") if isinstance(value, dict) else value) or ""
 
     def encode(self, text: str, first: bool = True) -> list[int]:
-        """Ids of plain text. `first`: nothing stands before it in the sequence."""
-        return (self._raw if first else self._inner).encode(text, add_special_tokens=False).ids
+        """Ids of plain text. `first`: no text stands right before it in the sequence."""
+        if len(text) <= KEPT:
+            found = self._short.get((text, first))
+            if found is None:
+                found = self._encode(text, first)
+                if len(self._short) < 10_000:
+                    self._short[text, first] = found
+            return list(found)
+        return self._encode(text, first)
+
+    def _encode(self, text: str, first: bool) -> list[int]:
+        # The batch call leaves out offsets and is a quarter faster even for one text.
+        return (self._raw if first else self._inner).encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
         return self._raw.decode(list(ids), skip_special_tokens=not keep_special)
@@ -166,6 +184,10 @@ def _never_prepend(tree: dict[str, Any]) -> dict[str, Any]:
     for part in _parts(tree, "pre_tokenizer", "pretokenizers"):
         if part.get("type") == "Metaspace":
             part["prepend_scheme"] = "never"
+    normalizers = _parts(tree, "normalizer", "normalizers")
+    kept = [part for part in normalizers if part.get("type") != "Prepend"]
+    if len(kept) < len(normalizers):
+        tree["normalizer"] = {"type": "Sequence", "normalizers": kept}
     return tree
 
 
@@ -174,7 +196,7 @@ def _parts(tree: dict[str, Any], key: str, inner: str) -> list[dict[str, Any]]:
     return top.get(inner, [top])
 
 
-BREAK = "\ue002"  # private use: stands inside a special token's name that must stay text; taken out before encoding
+BREAK = "\ue002\ue003\ue002"  # private use: stands inside a special token's name that must stay text; taken out before encoding
 
 
 # --- scaffolds ----------------------------------------------------------------------------------------------------------
@@ -275,8 +297,9 @@ def jinja_renderer(source: str, variables: dict[str, Any]) -> Callable[..., str]
         raise UserError(f"the model's chat template is not valid Jinja ({error}); name one: template=chatml") from None
 
     def render(messages: list[Message], add_generation_prompt: bool = False) -> str:
+        schemas = next((message["tools"] for message in messages if message.get("tools")), None)
         try:
-            return compiled.render(messages=messages, add_generation_prompt=add_generation_prompt, **variables)
+            return compiled.render(messages=messages, tools=schemas, add_generation_prompt=add_generation_prompt, **variables)
         except (jinja2.TemplateError, TypeError, AttributeError, ValueError) as error:
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(f"the model's chat template refuses these turns ({roles}): {error}") from None
@@ -295,6 +318,7 @@ def jinja_parts(
     cannot be cut exactly: it drops or reorders turns, its prompt is not the start of its whole rendering, or an answer has no end mark.
     """
     special = sorted((name for name in special if name), key=len, reverse=True)
+    marks = re.compile("|".join(map(re.escape, special)) or r"(?!)")
     shapes: dict[tuple, list[Part]] = {}
 
     def sentinel(i: int) -> str:
@@ -311,12 +335,40 @@ def jinja_parts(
                 value = value.replace(name, name[0] + BREAK + name[1:])
         return value
 
+    def end_of_calls(full: str, prompt: str, alone: str) -> tuple[int, int]:
+        """Where the mark that ends a turn with tool calls starts and ends. Calls may hold special tokens of their own: the mark is the
+        last one of the turn's rendering without what follows it, or the next one, where nothing ends it there."""
+        own = [match.end() for match in marks.finditer(alone.removeprefix(prompt))]
+        inside = len(own) - bool(own and not alone.removeprefix(prompt)[own[-1] :].strip())
+        found = next(islice(marks.finditer(full, len(prompt)), inside, None), None) if alone.startswith(prompt) else None
+        if found is None:
+            raise _uncuttable("no special token ends a turn with tool calls")
+        return found.span()
+
     def cut(turns: Sequence[Turn], open_answer: bool) -> list[Part]:
-        messages = [{"role": t.role, "content": sentinel(i) if t.text else "", **quote(t.extra)} for i, t in enumerate(turns)]
+        # A tool's result may be escaped by the template, so it is rendered as it is, not cut out.
+        texts = [quote(t.text) if t.role == "tool" else sentinel(i) if _written(t) else "" for i, t in enumerate(turns)]
+        messages = [{"role": t.role, "content": text, **quote(t.extra)} for t, text in zip(turns, texts)]
         full = render(messages, add_generation_prompt=open_answer)
         made, at = [], 0
         for i, turn in enumerate(turns):
-            if not turn.text:
+            if turn.role == "assistant" and turn.extra.get("tool_calls"):
+                prompt = render(messages[:i], add_generation_prompt=True)
+                if not full.startswith(prompt) or len(prompt) < at:
+                    raise _uncuttable(f"its prompt for turn {i + 1} is not the beginning of the rendered conversation")
+                mark, end = end_of_calls(full, prompt, render(messages[: i + 1]))
+                made.append(Part("scaffold", full[at : len(prompt)]))
+                start = full.find(sentinel(i), len(prompt), end) if turn.text else mark
+                if start < 0:
+                    raise _uncuttable(f"the text beside the tool call of turn {i + 1} does not appear in its rendering")
+                made.append(Part("lead", full[len(prompt) : start], i))
+                if turn.text:
+                    made.append(Part("answer", "", i))
+                    start += len(sentinel(i))
+                made.append(Part("stop", full[start:end], i))
+                at = end
+                continue
+            if not _written(turn) or turn.role == "tool":
                 continue
             start = full.find(sentinel(i), at)
             if start < 0 or full.count(sentinel(i)) != 1:
@@ -332,7 +384,7 @@ def jinja_parts(
                 raise _uncuttable(f"its prompt for turn {i + 1} is not the beginning of the rendered conversation")
             made += [Part("scaffold", full[at : len(prompt)]), Part("lead", full[len(prompt) : start], i), Part("answer", "", i)]
             at = start + len(sentinel(i))
-            following = next((full.find(sentinel(j), at) for j in range(i + 1, len(turns)) if turns[j].text), len(full))
+            following = next((full.find(t, at) for t in texts[i + 1 :] if t.startswith(sentinel(0)[0])), len(full))
             stop = _first_special(full[at:following], special)
             if stop is not None:
                 made.append(Part("stop", full[at : at + stop], i))
@@ -344,7 +396,7 @@ def jinja_parts(
         return [*made, Part("scaffold", full[at:])]
 
     def parts(turns: Sequence[Turn], open_answer: bool) -> list[Part]:
-        if any(turn.extra for turn in turns):
+        if any(turn.extra or turn.role == "tool" for turn in turns):
             made = cut(turns, open_answer)
         else:
             shape = (open_answer, *((turn.role, bool(turn.text)) for turn in turns))
@@ -354,6 +406,11 @@ def jinja_parts(
         return [replace(part, text=turns[part.turn].text) if part.kind in ("text", "answer") else part for part in made]
 
     return parts
+
+
+def _written(turn: Turn) -> bool:
+    """Whether a turn's text is looked for in a rendering: an answer also where it is empty, for its end mark is learned."""
+    return bool(turn.text) or (turn.role == "assistant" and not turn.extra.get("tool_calls"))
 
 
 def _first_special(text: str, special: list[str]) -> int | None:
@@ -392,9 +449,20 @@ class Template:
 
     def turns(self, conversation: "Conversation | Sequence[Message]") -> tuple[Turn, ...]:
         turns = conversation.turns if isinstance(conversation, Conversation) else tuple(_turn(message) for message in conversation)
-        if self.default_system is not None and turns and turns[0].role != "system":
+        if not turns:
+            raise UserError("a conversation needs at least one turn")
+        if self.default_system is not None and turns[0].role != "system":
             turns = (Turn("system", self.default_system), *turns)
-        return turns
+        if not tools.concerns(turns):
+            return turns
+        written = tools.for_template(turns, self._supports)
+        if self._supports in ("system", "question") and written != turns:
+            self.differs["this chat format has no tools: schemas and calls are written as JSON text, results as a user's turn"] += 1
+        return written
+
+    @cached_property
+    def _supports(self) -> tools.Supports:
+        return tools.supports(self.jinja, self.parts)
 
     def pieces(
         self, conversation: "Conversation | Sequence[Message]", learn: Learn | None = None, open_answer: bool = False
@@ -420,8 +488,6 @@ class Template:
             if part.kind in ("text", "answer"):
                 made.append(Piece(part.text, weight=weight, joined=not self._starts_answer(part, parts)))
             else:
-                if part.kind == "lead" and self.tokens.prepends and part.text.startswith(" "):
-                    part = replace(part, text=part.text[1:])  # the tokenizer writes this blank itself before what is encoded apart
                 made += self._scaffold(part, weight, joined=part.kind != "lead")
         return made
 
@@ -443,7 +509,7 @@ class Template:
                 made.append(Piece(text[:start], weight=weight, joined=joined))
             made.append(Piece(name, id=self.tokens.special[name], weight=weight))
             text, joined = text[start + len(name) :], True
-        return [replace(piece, text=piece.text.replace(BREAK, "")) for piece in made]
+        return [replace(piece, text=piece.text.replace(BREAK, "")) if BREAK in piece.text else piece for piece in made]
 
     @cached_property
     def _special_names(self) -> list[str]:
@@ -478,7 +544,10 @@ class Template:
         learned; `split` gives the others.)"""
         where = conversation.where if isinstance(conversation, Conversation) else ""
         scale = conversation.weight if isinstance(conversation, Conversation) else 1.0
-        ids, weights = self._ids(self.pieces(conversation, learn))
+        try:
+            ids, weights = self._ids(self.pieces(conversation, learn))
+        except UserError as error:  # a turn that the format cannot write
+            raise UserError(f"{where}: {error}" if where else str(error)) from None
         return align(ids, [weight * scale for weight in weights], where)
 
     def prompt(self, conversation: "Conversation | Sequence[Message]") -> list[int]:
@@ -492,19 +561,20 @@ class Template:
         """Token ids and, beside each, the weight with which that token itself is learned."""
         ids: list[int] = []
         weights: list[float] = []
-        held, held_weight = "", 0.0
+        held, held_weight, after_mark = "", 0.0, True
 
         def flush() -> None:
-            nonlocal held
+            nonlocal held, after_mark
             if held:
-                made = self.tokens.encode(held, first=not ids)
+                made = self.tokens.encode(held, first=not ids or (self.tokens.prepends and after_mark))
                 ids.extend(made)
                 weights.extend([held_weight] * len(made))
-                held = ""
+                held, after_mark = "", False
 
         for piece in pieces:
             if piece.id is not None:
                 flush()
+                after_mark = True
                 ids.append(piece.id)
                 weights.append(piece.weight)
                 continue

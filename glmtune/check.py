@@ -1,28 +1,26 @@
 """The data check: everything wrong with data files, by file and line, before a minute is spent; and a cleaned copy of them.
 
 An *error* is what training refuses; a *warning* is a row that trains but should be looked at. What is told of a file as a whole
-(form, lengths, languages, questions with several answers) is a note.
+(form, lengths, languages, near-duplicates, questions with several answers) is a note. What texts alone tell is in quality.py.
 """
 
 import csv
 import io
 import json
-import re
-import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from . import quality
 from .data import Problem, parse_items, problem_of
 from .errors import UserError
-from .forms import Reading, Want, choose_forms, open_file, recognise
+from .forms import Form, Reading, Record, Want, choose_forms, open_file, recognise
 from .reading import Broken, DataError, File, Item, find_files
-from .records import Conversation, Document
+from .records import Conversation, Document, Labelled, Preference
 
-Encode = Callable[[Conversation], int]
-Level = Literal["error", "warning"]
+Encode = Callable[[Conversation | Document], int]
 
 
 @dataclass
@@ -31,8 +29,13 @@ class Row:
 
     item: Item | Broken
     problems: list[Problem] = field(default_factory=list)
-    record: Conversation | Document | None = None  # None where the row cannot be used
+    records: list[Record] = field(default_factory=list)  # none where the row cannot be used, several where it has several answers
+    form: Form | None = None
     refused: bool = False
+
+    @property
+    def record(self) -> Record | None:
+        return self.records[0] if self.records else None
 
     @property
     def counts(self) -> bool:
@@ -46,6 +49,7 @@ class Checked:
 
     name: str
     file: File | None = None
+    want: Want = "answers"
     rows: list[Row] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)  # of the file as a whole
     notes: list[str] = field(default_factory=list)
@@ -54,24 +58,36 @@ class Checked:
 def check(
     paths: Sequence[str | Path],
     *,
+    dev: Sequence[str | Path] = (),
     encode: Encode | None = None,
     max_length: int | None = None,
+    too_long: str = "error",
     columns: dict[str, str] | None = None,
     format: str | None = None,
 ) -> dict[str, Any]:
-    """{"rows": n, "problems": [{"file", "line", "kind", "level", "message"}], "notes": [...]} over all files.
+    """{"rows": n, "problems": [{"file", "line", "kind", "level", "message"}], "notes": [...], "lengths": {...}} over all files.
 
-    encode: conversation -> number of tokens; rows longer than `max_length` are then errors. Never stops at a problem;
-    raises UserError only for a path that is not there and for `columns` or `format` that no file could have.
+    dev: files to watch the training with; they are checked too, and their rows that stand in `paths` as well are told.
+    encode: conversation or document -> number of tokens; rows longer than `max_length` are then errors, or, where the run's
+    `too_long` is another than "error", warnings. Never stops at a problem; raises UserError only for a path that is not there and
+    for `columns` or `format` that no file could have.
     """
-    files = _examine(paths, columns, format)
-    if encode is not None and max_length is not None:
-        for row in _rows(files):
-            _check_length(row, encode, max_length)
+    train, watched = examine(paths, columns, format), examine(dev, columns, format)
+    files = train + watched
+    _find_overlap(train, watched)
+    sizes, unit = [sum(map(len, quality.texts(row.record))) for row in _rows(files) if row.record is not None], "characters"
+    notes = [note for file in files for note in file.notes] + _near_duplicates(files) + _several_answers(files)
+    if encode is not None:
+        counted = _count_tokens(files, encode)
+        sizes, unit = [size for _, size in counted], "tokens"
+        notes += _too_long(counted, max_length, too_long) if max_length is not None else []
     problems = [problem for file in files for problem in _all_problems(file)]
-    notes = [note for file in files for note in file.notes] + _several_answers(files)
-    rows = sum(row.counts for row in _rows(files))
-    return {"rows": rows, "problems": [_plain(problem) for problem in problems], "notes": notes}
+    return {
+        "rows": sum(row.counts for row in _rows(files)),
+        "problems": [_plain(problem) for problem in problems],
+        "notes": notes,
+        "lengths": quality.lengths(sizes, unit),
+    }
 
 
 def _plain(problem: Problem) -> dict[str, Any]:
@@ -91,11 +107,10 @@ def _rows(files: Iterable[Checked]) -> Iterator[Row]:
 # --- one file -------------------------------------------------------------------------------------------------------------
 
 
-def _examine(paths: Sequence[str | Path], columns: dict[str, str] | None, format: str | None) -> list[Checked]:
+def examine(paths: Sequence[str | Path], columns: dict[str, str] | None = None, format: str | None = None) -> list[Checked]:
+    """Every file behind the paths, with its rows and what each alone, and being there twice, has wrong."""
     files = [_examine_file(path, name, columns, format) for given in paths for path, name in find_files(str(given))]
     _find_duplicates(files)
-    for file in files:
-        file.notes += _lengths_and_languages(file)
     return files
 
 
@@ -107,7 +122,9 @@ def _examine_file(path: Path, name: str, columns: dict[str, str] | None, format:
         checked.problems.append(problem_of(name, error))
         return checked
     items = _read_all(checked, checked.file)
-    reading = Reading(_use(items, columns, format), format=format, columns=columns)
+    values = [item.value for item in items if isinstance(item, Item)]
+    checked.want = _use(values, columns, format)
+    reading = Reading(checked.want, format=format, columns=columns)
     try:
         parsed = parse_items(checked.file, items, reading)
     except DataError as error:
@@ -115,16 +132,26 @@ def _examine_file(path: Path, name: str, columns: dict[str, str] | None, format:
         checked.rows = [Row(item, [problem_of(name, item)] if isinstance(item, Broken) else [], refused=True) for item in items]
         return checked
     checked.notes += parsed.notes
-    checked.rows = [_row(*outcome) for outcome in parsed.outcomes]
-    _note_other_stages(checked, items)
+    checked.rows = _grouped(parsed.outcomes)
     for row in checked.rows:
         row.problems += _contents(name, row)
-    checked.problems += _mixed_forms(checked, reading)
+    checked.problems += _mixed_forms(checked, values, reading)
+    checked.notes += [f"{name}: the rows are questions without answers"] if checked.want == "prompts" else []
+    checked.notes += _labels(checked) + _languages(checked)
     return checked
 
 
-def _row(item: Item | Broken, outcome: Conversation | Document | Problem) -> Row:
-    return Row(item, [outcome], refused=True) if isinstance(outcome, Problem) else Row(item, record=outcome)
+def _grouped(outcomes: Iterable[tuple[Item | Broken, Any]]) -> list[Row]:
+    """What became of every item, an item's several records in one row."""
+    rows: list[Row] = []
+    for item, outcome in outcomes:
+        if isinstance(outcome, Problem):
+            rows.append(Row(item, [outcome], refused=True))
+        elif rows and rows[-1].item is item:
+            rows[-1].records.append(outcome)
+        else:
+            rows.append(Row(item, records=[outcome]))
+    return rows
 
 
 def _read_all(checked: Checked, file: File) -> list[Item | Broken]:
@@ -136,192 +163,122 @@ def _read_all(checked: Checked, file: File) -> list[Item | Broken]:
     return items
 
 
-def _use(items: list[Item | Broken], columns: dict[str, str] | None, format: str | None) -> Want:
-    """What a file's rows are for: answers to learn, prompts (also those of preference rows), or plain text."""
-    if columns is not None or format is not None:
-        return "text" if format == "text" or "text" in (columns or ()) else "answers"
-    rows = [item.value for item in items if isinstance(item, Item) and isinstance(item.value, dict)]
-    if sum(map(_is_preference, rows)) * 2 > len(rows):
-        return "prompts"
-    if sum("text" in row and recognise(row, "prompts") is None for row in rows) * 2 > len(rows):
+def _use(values: list[Any], columns: dict[str, str] | None, format: str | None) -> Want:
+    """What a file's rows are for: what most of them can be read as, the stage that has keys of its own first."""
+    if columns is not None:
+        if "text" in columns:
+            return "text"
+        return "preferences" if {"chosen", "rejected"} & columns.keys() else "labels" if "label" in columns else "answers"
+    if format in ("text", "preference"):
+        return "text" if format == "text" else "preferences"
+    rows = [value for value in values if isinstance(value, dict)]
+
+    def most(test: Callable[[dict[str, Any]], bool]) -> bool:
+        return sum(map(test, rows)) * 2 > len(rows)
+
+    if most(lambda row: recognise(row, "preferences") is not None):
+        return "preferences"
+    if most(_is_labelled):
+        return "labels"
+    if format is not None:
+        return "answers"
+    if most(lambda row: "text" in row and recognise(row, "prompts") is None):
         return "text"
     return "prompts" if rows and all(map(_is_bare_prompt, rows)) else "answers"
 
 
-def _is_preference(row: dict[str, Any]) -> bool:
-    return "chosen" in row or "rejected" in row
+def _is_labelled(row: dict[str, Any]) -> bool:
+    """True and false only: a number or a word under 'label' is more likely the class of a text."""
+    label = row.get("label", row.get("kto_tag"))
+    return str(label).lower() in ("true", "false") and recognise(row, "labels") is not None
 
 
 def _is_bare_prompt(row: dict[str, Any]) -> bool:
     """A question and nothing that could be a mistyped answer."""
     form = recognise(row, "prompts")
-    return form is not None and recognise(row, "answers") is None and row.keys() <= {*form.names.values(), *_LABELS}
+    if form is None or not row.keys() <= {*form.names.values(), *_NUMBERS}:
+        return False
+    messages = row.get(form.names.get("messages", ""))
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    asks = isinstance(last, dict) and last.get("role", last.get("from")) in ("user", "human")
+    return asks or recognise(row, "answers") is None
 
 
-_LABELS = ("id", "idx", "index", "uid")  # keys that tell rows apart without changing what is learned
+_NUMBERS = ("id", "idx", "index", "uid")  # keys that tell rows apart without changing what is learned
 
 
-def _note_other_stages(checked: Checked, items: list[Item | Broken]) -> None:
-    """Preferences and tool calls are good rows that sft does not read (yet): a note, not an error."""
-    pairs = sum(isinstance(item, Item) and isinstance(item.value, dict) and _is_preference(item.value) for item in items)
-    if pairs:
-        checked.notes.append(f"{checked.name}: {pairs} preference rows (chosen, rejected)")
-    calls = [row for row in checked.rows if any(problem.kind == "tool-turn" for problem in row.problems)]
-    for row in calls:
-        row.problems, row.refused = [], False
-    if calls:
-        checked.notes.append(f"{checked.name}: {len(calls)} rows have tool calls, which cannot be trained on yet")
+def _mixed_forms(checked: Checked, values: list[Any], reading: Reading) -> list[Problem]:
+    """Gives every row its form; a warning at the first row of every form but the main one."""
+    main, form_of = choose_forms(values, reading)
+    others: dict[str, list[int]] = defaultdict(list)
+    for row in checked.rows:
+        if isinstance(row.item, Item) and row.record is not None:
+            form = form_of(row.item.value)
+            row.form = form
+            if form != main:
+                others[form.name].append(row.item.line)
+    said = "{} rows from here on are of the form '{}', the others '{}'"
+    return [
+        Problem(checked.name, lines[0], "mixed-form", said.format(len(lines), form, main.name), "warning")
+        for form, lines in others.items()
+    ]
 
 
-def _mixed_forms(checked: Checked, reading: Reading) -> list[Problem]:
-    """A warning at the first row of every form but the main one."""
-    items = [row.item for row in checked.rows if isinstance(row.item, Item) and row.record is not None]
-    main, form_of = choose_forms([item.value for item in items], reading) if items else (None, None)
-    others = [(item.line, form) for item in items if form_of and (form := form_of(item.value)) != main]
-    problems = []
-    for form in dict.fromkeys(form.name for _, form in others):
-        lines = [line for line, other in others if other.name == form]
-        message = f"{len(lines)} rows from here on are of the form '{form}', the others '{main.name if main else ''}'"
-        problems.append(Problem(checked.name, lines[0], "mixed-form", message, "warning"))
-    return problems
+def _labels(checked: Checked) -> list[str]:
+    goods = [row.record.good for row in checked.rows if isinstance(row.record, Labelled)]
+    if not goods:
+        return []
+    said = f"{checked.name}: labels: {sum(goods)} good, {len(goods) - sum(goods)} bad"
+    return [said + (": all are the same, so nothing sets good and bad apart" if len(set(goods)) == 1 else "")]
+
+
+def _languages(checked: Checked) -> list[str]:
+    found: Counter[str] = Counter()
+    crossed = []
+    for row in checked.rows:
+        if row.record is not None:
+            found[quality.language("\n".join(quality.texts(row.record))) or "no letters"] += 1
+            asked = [] if isinstance(row.record, Document) else [turn.text for turn in row.record.turns if turn.role == "user"]
+            pair = {quality.language(text) for text in asked[-1:] + quality.parts(row.record)[1][:1]} - {""}
+            crossed += [row.record.where.rpartition(":")[2]] if len(pair) > 1 else []
+    total = found.total()
+    shares = ", ".join(f"{name} {count / total:.1%}" for name, count in found.most_common())
+    notes = [f"{checked.name}: languages: {shares}"] if total else []
+    if crossed:
+        notes.append(
+            f"{checked.name}: rows answered in another language or script than asked: {len(crossed)} (lines {_some(crossed)})"
+        )
+    return notes
 
 
 # --- one row --------------------------------------------------------------------------------------------------------------
-
-_REPLACEMENT = re.compile("\ufffd|\ufeff|[\ufffe\uffff]|\x00")
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_CONTROL = re.compile("[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
-_HIGH = "\x80-\xbf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u2013\u2014\u2018-\u201e\u2020-\u2022\u2026\u2030\u2039\u203a\u20ac\u2122"
-_MOJIBAKE = [  # UTF-8 read as Latin-1 or Windows-1252: é, accented Latin, ’, Cyrillic, Chinese; then what GBK makes of UTF-8
-    re.compile(f"(?<![A-ZÀ-Þ])Ã[{_HIGH}]|(?<![A-ZÀ-Þ])Â[\xa0-\xbf]"),
-    re.compile(f"â€[{_HIGH}]"),
-    re.compile(f"(?:[ÐÑ][{_HIGH}]){{3,}}"),
-    re.compile(f"(?:[ã-é][{_HIGH}]{{2}}){{2,}}"),
-    re.compile("锟斤拷|烫烫烫|屯屯屯|锘|锛|銆|鈥"),
-]
-_GBK_AS_LATIN = re.compile("[\xa1-\xfe]{4,}")
-_SPECIAL = re.compile(
-    r"<[|｜][A-Za-z0-9_▁]{1,40}[|｜]>|</?s>|\[/?INST\]|<</?SYS>>|\[s?gMASK\]|\[sMASK\]|<(?:sop|eop|unk|pad|bos|eos)>"
-    r"|<(?:start|end)_of_turn>|<reserved_\d+>|</?(?:tool_call|tool_response)>"
-)
 
 
 def _contents(name: str, row: Row) -> list[Problem]:
     if not isinstance(row.item, Item):
         return []
-    found = dict(_damage(row.item.value))
-    found.pop("encoding-damage" if any(problem.kind == "encoding-damage" for problem in row.problems) else "", None)
-    if isinstance(row.record, Conversation):
-        found |= _preference_damage(row.item.value) if _is_preference(row.item.value) else {}
-        last = row.record.turns[-1]
-        if last.role == "assistant" and (sign := _cut_short(last.text)):
-            found["truncated-answer"] = ("warning", f"the answer looks cut: {sign}")
-    problems = [Problem(name, row.item.line, kind, message, level) for kind, (level, message) in found.items()]
+    found = quality.damage(row.item.value)
+    if any(problem.kind == "encoding-damage" for problem in row.problems):
+        found.pop("encoding-damage", None)
+    found |= _of_answers(row.record) if row.record is not None else {}
+    problems = [Problem(name, row.item.line, kind, message, level) for kind, level, message in found.values()]
     row.refused = row.refused or any(problem.level == "error" for problem in problems)
     return problems
 
 
-def _damage(value: Any) -> Iterator[tuple[str, tuple[Level, str]]]:
-    """(kind, (level, message)) of what should not stand in any text of a row; one of each kind."""
-    for key, text in _texts(value, "the row"):
-        if match := _SURROGATE.search(text):
-            yield "encoding-damage", ("error", f"{key}: half of a surrogate pair (U+{ord(match[0]):04X}), which is not a character")
-        elif match := _REPLACEMENT.search(text):
-            yield "encoding-damage", ("warning", f"{key}: {_character(match[0])}{_around(text, match)}")
-        elif match := _mojibake(text):
-            yield "encoding-damage", ("warning", f"{key}: text read in a wrong encoding{_around(text, match)}")
-        if match := _CONTROL.search(text):
-            yield "control-characters", ("warning", f"{key}: control character U+{ord(match[0]):04X}{_around(text, match)}")
-        if match := _SPECIAL.search(text):
-            yield (
-                "leaked-special-token",
-                ("warning", f"{key}: the text holds the special token '{match[0]}'; it is trained as plain text"),
-            )
-
-
-def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, str):
-        yield key, value
-    elif isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _texts(inner, f"'{name}'")
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _texts(inner, key)
-
-
-def _character(mark: str) -> str:
-    names = {
-        "\ufffd": "the replacement character U+FFFD (something was lost here)",
-        "\ufeff": "a byte order mark inside the text",
-        "\x00": "a NUL",
-    }
-    return names.get(mark, f"U+{ord(mark):04X}, which is not a character")
-
-
-def _around(text: str, match: re.Match[str]) -> str:
-    piece = text[max(0, match.start() - 10) : match.end() + 10]
-    return ": '" + "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in piece) + "'"
-
-
-def _mojibake(text: str) -> re.Match[str] | None:
-    if text.isascii():
-        return None
-    for pattern in _MOJIBAKE:
-        if match := pattern.search(text):
-            return match
-    for match in _GBK_AS_LATIN.finditer(text):
-        if len(set(match[0])) > 3 and _decodes(match[0].encode("latin-1"), "gb2312"):
-            return match
-    return None
-
-
-def _decodes(data: bytes, encoding: str) -> bool:
-    try:
-        data.decode(encoding)
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-_SENTENCE_END = re.compile(r"""[a-z0-9)\]*]{2}[.!?]["')*]*\s+(?=\S)|[。！？][”」）]?\s*(?=\S)""")
-_SIGNATURE = re.compile(r"""[-—–~]\s*[A-Z]|[#@]\w+\W*$|https?://\S+$""")
-
-
-def _cut_short(answer: str) -> str:
-    """A sign that generation stopped at its length limit, or "". Conservative: a missing full stop alone is none."""
-    text = answer.rstrip()
-    if not text:
-        return ""
-    if text.count("```") % 2 and not text.endswith("```"):
-        return "a code block (```) is opened and never closed"
-    if len(text) > 40 and text[-1] in ",，、;；(（:：":
-        return f"it ends with '{text[-1]}'"
-    last = text.rsplit("\n", 1)[-1]
-    ends = list(_SENTENCE_END.finditer(last))
-    if len(last) > 60 and ends and text[-1].isalnum() and not _SIGNATURE.search(last[-60:]):
-        return f"its last sentence does not end: '...{text[-24:]}'"
-    return ""
-
-
-def _preference_damage(row: dict[str, Any]) -> dict[str, tuple[Level, str]]:
-    for key in ("chosen", "rejected"):
-        if key not in row:
-            return {"missing-key": ("error", f"a preference row needs the key '{key}'; this row has {list(row)}")}
-        texts = [text for _, text in _texts(row[key], key)]
-        if not texts or not all(text.strip() for text in texts):
-            return {"empty-answer": ("error", f"'{key}' is empty")}
-    if row["chosen"] == row["rejected"]:
-        return {"same-answers": ("warning", "'chosen' and 'rejected' are the same: there is nothing to prefer")}
-    return {}
-
-
-def _check_length(row: Row, encode: Encode, max_length: int) -> None:
-    if isinstance(row.record, Conversation) and row.record.turns[-1].role == "assistant":
-        length = encode(row.record)
-        if length > max_length:
-            name, _, line = row.record.where.rpartition(":")
-            row.problems.append(Problem(name, int(line), "over-length", f"{length} tokens; the longest row may have {max_length}"))
+def _of_answers(record: Record) -> dict[str, quality.Finding]:
+    """What is wrong with the answer that is to be learned."""
+    if isinstance(record, Preference):
+        if (record.chosen.text, record.chosen.extra) == (record.rejected.text, record.rejected.extra):
+            same = "'chosen' and 'rejected' are the same: there is nothing to prefer"
+            return {"same-answers": quality.Finding("same-answers", "error", same)}
+        learned = record.chosen
+    elif isinstance(record, Document) or (isinstance(record, Labelled) and not record.good):
+        return {}
+    else:
+        learned = record.turns[-1]
+    damaged = quality.answer_damage(learned.text) if learned.role == "assistant" else None
+    return {damaged.kind: damaged} if damaged else {}
 
 
 # --- all rows -------------------------------------------------------------------------------------------------------------
@@ -335,14 +292,44 @@ def _find_duplicates(files: list[Checked]) -> None:
             if not isinstance(row.item, Item) or row.refused:
                 continue
             value = row.item.value
-            content = {key: value[key] for key in value if key not in _LABELS} if isinstance(value, dict) else value
+            content = {key: value[key] for key in value if key not in _NUMBERS} if isinstance(value, dict) else value
             place = f"{file.name}:{row.item.line}"
             before = first.setdefault(json.dumps(content, sort_keys=True), place)
             if before != place:
-                message = (
-                    f"the same row as {before if not before.startswith(file.name + ':') else 'line ' + before.rpartition(':')[2]}"
-                )
-                row.problems.append(Problem(file.name, row.item.line, "exact-duplicate", message, "warning"))
+                there = f"line {before.rpartition(':')[2]}" if before.startswith(file.name + ":") else before
+                row.problems.append(Problem(file.name, row.item.line, "exact-duplicate", f"the same row as {there}", "warning"))
+
+
+def _find_overlap(train: list[Checked], dev: list[Checked]) -> None:
+    """Rows of `dev` that are learned too, and questions of it that are learned with another answer. Spaces and case do not count."""
+    learned: dict[str, dict[str, str]] = defaultdict(dict)  # question -> answer -> place
+    for record in (row.record for row in _rows(train) if dev):
+        if record is not None:
+            question, answer = map(_plain_text, quality.parts(record))
+            learned[question].setdefault(answer, record.where)
+    for row in _rows(dev):
+        question, answer = map(_plain_text, quality.parts(row.record)) if row.record is not None else ("", "")
+        if row.record is not None and (met := learned.get(question)):
+            name, _, line = row.record.where.rpartition(":")
+            what = f"the same {'row' if answer in met else 'question'} is trained on: {met.get(answer, next(iter(met.values())))}"
+            row.problems.append(Problem(name, int(line), "dev-overlap", what, "warning"))
+
+
+def _plain_text(texts: list[str]) -> str:
+    return "\0".join(" ".join(text.split()).casefold() for text in texts)
+
+
+def _near_duplicates(files: list[Checked]) -> list[str]:
+    """Equal rows are told as such; here are the others that say nearly the same."""
+    told = ("exact-duplicate", "dev-overlap")
+    records = [row.record for row in _rows(files) if row.record and not any(problem.kind in told for problem in row.problems)]
+    if len(records) > quality.NEAR_LIMIT:
+        return [f"near-duplicates: not looked for in {len(records)} rows (at most {quality.NEAR_LIMIT})"]
+    found = quality.near_duplicates(["\n".join(quality.texts(record)) for record in records])
+    if not found:
+        return []
+    pairs = [f"{records[near.later].where} and {records[near.earlier].where} {near.share:.0%}" for near in found]
+    return [f"near-duplicates: {len(found)} of {len(records)} rows say nearly the same as an earlier one ({_some(pairs)})"]
 
 
 def _several_answers(files: list[Checked]) -> list[str]:
@@ -352,34 +339,39 @@ def _several_answers(files: list[Checked]) -> list[str]:
         record = row.record
         if isinstance(record, Conversation) and record.turns[-1].role == "assistant":
             answers[tuple(turn.text for turn in record.turns[:-1])].setdefault(record.turns[-1].text, record.where)
-    several = [list(places.values()) for places in answers.values() if len(places) > 1]
-    if not several:
-        return []
-    shown = ", ".join(" and ".join(places[:3]) for places in several[:4])
+    several = [" and ".join(list(places.values())[:3]) for places in answers.values() if len(places) > 1]
+    return [f"same-question-other-answer: {len(several)} questions have more than one answer ({_some(several)})"] if several else []
+
+
+def _some(places: list[str]) -> str:
+    return ", ".join(places[:8]) + (", ..." if len(places) > 8 else "")
+
+
+def _count_tokens(files: list[Checked], encode: Encode) -> list[tuple[Row, int]]:
     return [
-        f"same-question-other-answer: {len(several)} questions have more than one answer ({shown}{', ...' if len(several) > 4 else ''})"
+        (row, max(encode(one) for record in row.records for one in quality.sequences(record)))
+        for row in _rows(files)
+        if row.records and not row.refused
     ]
 
 
-_CJK = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af]")
-
-
-def _lengths_and_languages(file: Checked) -> list[str]:
-    records = [row.record for row in file.rows if row.record is not None]
-    texts = [record.text if isinstance(record, Document) else "\n".join(turn.text for turn in record.turns) for record in records]
-    if not texts:
+def _too_long(counted: list[tuple[Row, int]], max_length: int, policy: str) -> list[str]:
+    """Documents go on in the next sequence, and what is only asked is not cut: neither is too long."""
+    over = []
+    for row, size in counted:
+        record = row.record
+        if size > max_length and record is not None and not isinstance(record, Document) and quality.parts(record)[1]:
+            name, _, line = record.where.rpartition(":")
+            level, done = ("error", "") if policy == "error" else ("warning", f" (too_long: {policy})")
+            message = f"{size} tokens; the longest row may have {max_length}{done}"
+            row.problems.append(Problem(name, int(line), "over-length", message, level))
+            over.append((size, record.where))
+    if not over:
         return []
-    cjk = sum(_CJK.search(text) is not None for text in texts)
-    notes = [f"{file.name}: {cjk / len(texts):.0%} of the rows have Chinese, Japanese or Korean text"]
-    last = [record.text if isinstance(record, Document) else record.turns[-1].text for record in records]
-    answered = [text for text, record in zip(last, records) if isinstance(record, Document) or record.turns[-1].role == "assistant"]
-    if answered:
-        what = "text" if isinstance(records[0], Document) else "answer"
-        sizes = sorted(map(len, answered))
-        notes.append(
-            f"{file.name}: {what} length in characters: shortest {sizes[0]}, median {statistics.median(sizes):.0f}, longest {sizes[-1]}"
-        )
-    return notes
+    longest, where = max(over, key=lambda pair: pair[0])
+    return [
+        f"over-length: {len(over)} of {len(counted)} rows have more than max_length={max_length} tokens; the longest has {longest} ({where})"
+    ]
 
 
 # --- fix ------------------------------------------------------------------------------------------------------------------
@@ -398,15 +390,15 @@ def fix(paths: Sequence[str | Path], out: str | Path, *, columns: dict[str, str]
             raise UserError(f"{target} exists already and is never overwritten; choose another name, or remove it")
     if not out.absolute().parent.is_dir():
         raise UserError(f"cannot write {out}: there is no folder {out.absolute().parent}")
-    files = _examine(paths, columns, format)
+    files = examine(paths, columns, format)
     for file in files:
         for problem in file.problems:
             if problem.level == "error":
                 raise UserError(f"{problem.place}: {problem.message}; this cannot be mended row by row, nothing was written")
     kept = [(file, row) for file in files for row in file.rows if isinstance(row.item, Item) and not _is_removed(row)]
     gone = [(file, row) for file in files for row in file.rows if row.counts and _is_removed(row)]
-    _write_whole(removed, "".join(json.dumps(_removed(file, row), ensure_ascii=False) + "\n" for file, row in gone))
-    _write_whole(out, _render(kept))
+    write_whole(removed, "".join(json.dumps(_removed(file, row), ensure_ascii=False) + "\n" for file, row in gone))
+    write_whole(out, _render(kept))
     kinds = Counter(_reason(row).kind for _, row in gone)
     why = f" ({', '.join(f'{count} {kind}' for kind, count in kinds.most_common())})" if kinds else ""
     return f"{len(kept) + len(gone)} rows in: {len(kept)} in {out}, {len(gone)} removed to {removed}{why}"
@@ -427,7 +419,7 @@ def _removed(file: Checked, row: Row) -> dict[str, Any]:
 
 
 def _raw(file: Checked, row: Row) -> str:
-    return file.file.text[row.item.start : row.item.end] if file.file else ""
+    return file.file.raw(row.item) if file.file else ""
 
 
 def _render(kept: list[tuple[Checked, Row]]) -> str:
@@ -462,7 +454,7 @@ def _csv(kept: list[tuple[Checked, Row]]) -> str:
     return sheet.getvalue()
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Lone surrogates of removed rows are written as \\udXXX, which JSON reads back."""
     new = path.with_name(path.name + ".new")
     new.write_bytes(text.encode("utf-8", "backslashreplace"))

@@ -38,6 +38,8 @@ Temperature = Annotated[
     float | None, typer.Option(help="0 is greedy; not given: the model's published setting.", show_default=False)
 ]
 TopP = Annotated[float | None, typer.Option(help="Nucleus sampling; not given: the model's published setting.", show_default=False)]
+Columns = Annotated[str | None, typer.Option(help="Which key holds what: prompt=question,response=answer", show_default=False)]
+Format = Annotated[str | None, typer.Option(help="The rows' form, if their keys do not show it.", show_default=False)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
 
 
@@ -106,8 +108,8 @@ def show(
     need = training.needed_memory(made, settings_)
     if json_:
         found = {
-            "run": run.model_dump(mode="json", serialize_as_any=True), "resolved": settings_, "rows": len(made.examples), "dev_rows": len(made.dev),
-            "tokens": sum(made.lengths), "learned_tokens": sum(e.num_learned for e in made.examples), "longest": max(made.lengths),
+            "run": run.model_dump(mode="json", serialize_as_any=True), "resolved": settings_, "rows": len(made.examples), "dev_rows": len(made.dev or ()),
+            "tokens": sum(made.lengths), "learned_tokens": made.examples.num_learned, "longest": max(made.lengths),
             "trainable": made.shape.trainable, "parameters": made.shape.parameters, "memory_gb": round(sum(need.values()) / 1e9, 2),
             "notes": made.notes, "sample": {"where": example.where, "ids": example.ids, "labels": example.labels},
         }  # fmt: skip
@@ -303,15 +305,20 @@ def repr_newlines(text: str) -> str:
     return text.replace("\n", "\\n")
 
 
-@data_app.command("check", epilog="Example:  glmtune data check train.json --model smollm2-135m-instruct --fix clean.json")
+@data_app.command(
+    "check", epilog="Example:  glmtune data check train.json --dev dev.json --model smollm2-135m-instruct --fix clean.json"
+)
 def data_check(
     files: Annotated[list[str], typer.Argument(metavar="FILES...", show_default=False)],
+    dev: Annotated[
+        list[str] | None,
+        typer.Option(help="A file to watch the training with; rows of it that are trained on are told.", show_default=False),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Count tokens with this model's template.", show_default=False)] = None,
     max_length: Annotated[int, typer.Option(min=1, help="Longest row, in tokens (with --model).")] = 1024,
-    columns: Annotated[
-        str | None, typer.Option(help="Which key holds what: prompt=question,response=answer", show_default=False)
-    ] = None,
-    format: Annotated[str | None, typer.Option(help="The rows' form, if their keys do not show it.", show_default=False)] = None,
+    too_long: Annotated[str, typer.Option(help="The run's policy: error, skip, cut-left-turns, cut-answer.")] = "error",
+    columns: Columns = None,
+    format: Format = None,
     fix: Annotated[
         Path | None,
         typer.Option(help="Write the clean rows here, and what was removed to FIX.removed.jsonl.", show_default=False),
@@ -319,17 +326,14 @@ def data_check(
     json_: Json = False,
 ) -> None:
     """Find every malformed row by file and line. Exit code 2 when there are errors."""
+    if too_long not in ("error", "skip", "cut-left-turns", "cut-answer"):
+        raise UserError(f"--too-long {too_long}: wanted error, skip, cut-left-turns or cut-answer")
     from . import check
 
-    encode = None
-    if model is not None:
-        from . import families
-
-        template = families.open_template(families.locate(model, None, _say).base)
-
-        encode = lambda conversation: len(template.encode(conversation).ids)  # noqa: E731
-
-    found = check.check(files, encode=encode, max_length=max_length, columns=_columns(columns), format=format)
+    examples = _encoder(model) if model is not None else None
+    encode = None if examples is None else lambda record: max(len(example.ids) for example in examples(record))
+    read: dict[str, Any] = {"columns": _columns(columns), "format": format}
+    found = check.check(files, dev=dev or (), encode=encode, max_length=max_length, too_long=too_long, **read)
     errors = sum(problem["level"] == "error" for problem in found["problems"])
     if json_:
         print(json.dumps(found, ensure_ascii=False))
@@ -338,12 +342,232 @@ def data_check(
             print(f"{problem['file']}:{problem['line']}: {problem['level']}: {problem['message']} [{problem['kind']}]")
         for note in found["notes"]:
             print(note)
+        _print_lengths(found["lengths"])
         print(f"{found['rows']} rows, errors: {errors}, warnings: {len(found['problems']) - errors}")
     if fix is not None:
-        said = check.fix(files, fix, columns=_columns(columns), format=format)
-        print(said if isinstance(said, str) else json.dumps(said), file=sys.stderr if json_ else sys.stdout)
+        print(check.fix(files, fix, **read), file=sys.stderr if json_ else sys.stdout)
     elif errors:
         raise typer.Exit(2)
+
+
+def _encoder(model: str) -> Any:
+    """Conversation or document -> its training sequences under the model's own template; a question alone is one too."""
+    from . import families
+    from .chat import align, encode_document
+    from .records import Document
+
+    place = families.locate(model, None, _say)
+    template = families.open_template(place.tokenizer, place.template)
+
+    def encode(record: Any) -> Any:
+        if isinstance(record, Document):
+            return encode_document(template.tokens, record, sys.maxsize)
+        if record.turns[-1].role != "assistant":
+            ids = template.prompt(record)
+            return [align(ids, [0.0] * len(ids), record.where)]
+        return [template.encode(part) for part in template.split(record)]
+
+    return encode
+
+
+def _print_lengths(lengths: dict[str, Any]) -> None:
+    """A histogram as bars, in a terminal only: in a pipe one line."""
+    if not lengths:
+        return
+    from rich.bar import Bar
+    from rich.console import Console
+    from rich.table import Table
+
+    print(
+        f"length in {lengths['unit']}: shortest {lengths['shortest']}, median {lengths['p50']}, "
+        f"95 % up to {lengths['p95']}, longest {lengths['longest']}"
+    )
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        return
+    most = max(count for _, _, count in lengths["histogram"])
+    table = Table.grid(padding=(0, 1))
+    for low, high, count in lengths["histogram"]:
+        table.add_row(f"{low}-{high}", str(count), Bar(most, 0, count, width=40, color="cyan"))
+    console.print(table)
+
+
+@data_app.command("stats", epilog="Example:  glmtune data stats train.json more.jsonl --model smollm2-135m-instruct")
+def data_stats(
+    files: Annotated[list[str], typer.Argument(metavar="FILES...", show_default=False)],
+    model: Annotated[
+        str | None, typer.Option(help="Count tokens, and those learned, with this model's template.", show_default=False)
+    ] = None,
+    columns: Columns = None,
+    format: Format = None,
+    json_: Json = False,
+) -> None:
+    """Rows, forms, turns, lengths, languages and, with --model, the share of tokens that is learned."""
+    from . import convert
+
+    encode = _encoder(model) if model is not None else None
+    found = convert.stats(files, encode=encode, columns=_columns(columns), format=format)
+    if json_:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    unusable = f" ({found['unusable']} of them unusable: glmtune data check)" if found["unusable"] else ""
+    print(f"rows: {found['rows']}{unusable}")
+    for what in ("sources", "forms", "turns", "languages"):
+        print(f"{what}: " + ", ".join(f"{name} {count}" for name, count in found[what].items()))
+    if learned := found.get("learned"):
+        print(f"tokens: {learned['tokens']}, learned {learned['learned']} ({learned['share']:.1%})")
+    _print_lengths(found["lengths"])
+
+
+@data_app.command("convert", epilog="Example:  glmtune data convert train.json --to messages --out train.messages.jsonl")
+def data_convert(
+    files: Annotated[list[str], typer.Argument(metavar="FILES...", show_default=False)],
+    to: Annotated[str, typer.Option(help="messages, alpaca or sharegpt.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="JSONL file to write.", show_default=False)],
+    columns: Columns = None,
+    format: Format = None,
+) -> None:
+    """Write rows in another form. Every row is read back; what the form cannot hold is an error, and nothing is written."""
+    from . import convert
+
+    print(convert.convert(files, to, out, columns=_columns(columns), format=format))
+
+
+@data_app.command(
+    "tokenize",
+    epilog="Example:  glmtune data tokenize model=smollm2-135m-instruct data=train.json --to tokens    then    data=tokens",
+)
+def data_tokenize(
+    settings: Settings = None,
+    to: Annotated[
+        Path | None, typer.Option(help="Folder to write, usable as data= anywhere; not given: the cache.", show_default=False)
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; not given: one for each core.", show_default=False)] = None,
+    json_: Json = False,
+) -> None:
+    """Turn rows into training sequences once; runs with the same data, model and options then start at once."""
+    run = _run(settings, out="(none)")
+    import time
+
+    from . import plan
+    from .tokenise import tokenised
+
+    if to is not None and to.exists():
+        raise UserError(f"{to} exists already and is never overwritten; choose another --to, or remove it")
+    _, wanted = plan.wanted(run, _say)
+    began = time.monotonic()
+    from .screen import counting
+
+    with counting("rows tokenised") as count:
+        made = tokenised(wanted, to, _say, workers, count, keep=True)
+    found = {
+        "folder": str(made.folder), "rows": made.about["rows"], "sequences": len(made), "tokens": int(made.lengths.sum()),
+        "learned_tokens": int(made.arrays["learned"].sum()), "seconds": round(time.monotonic() - began, 2), "notes": made.about["notes"],
+    }  # fmt: skip
+    if json_:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    for note in [*made.about["notes"], *(f"{n} {why}" for why, n in made.about["counts"].items())]:
+        print(note)
+    print(
+        f"{found['rows']} rows, {found['sequences']} sequences, {found['tokens']} tokens ({found['learned_tokens']} learned) in {made.folder}"
+    )
+
+
+@data_app.command(
+    "design",
+    epilog="Example:  glmtune data design records.jsonl --schema schema.yml --preset ES-SDE --set format=json --out train.jsonl",
+)
+def data_design(
+    records: Annotated[
+        str | None, typer.Argument(metavar="[RECORDS]", help="A file of structured records.", show_default=False)
+    ] = None,
+    schema: Annotated[Path | None, typer.Option(help="YAML: fields, labels and their wording.", show_default=False)] = None,
+    preset: Annotated[str, typer.Option(help="ES-SDE (empirically strong) or EW-SDE (weak).")] = "ES-SDE",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="OPTION=VALUE", help="Change one option, as in format=json.", show_default=False),
+    ] = None,
+    language: Annotated[str | None, typer.Option(help="en or zh; not given: the schema's.", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="JSONL file to write.", show_default=False)] = None,
+    parse: Annotated[str | None, typer.Option(help="Read predictions back; --out takes what they say.", show_default=False)] = None,
+    sweep: Annotated[
+        Path | None, typer.Option(help="Write a data file and a run file for every design here.", show_default=False)
+    ] = None,
+    test: Annotated[str | None, typer.Option(help="Records to predict on (with --sweep).", show_default=False)] = None,
+    model: Annotated[str, typer.Option(help="The model of a sweep's runs.")] = "smollm2-135m-instruct",
+    table: Annotated[Path | None, typer.Option(help="Print the scores of a sweep's folder.", show_default=False)] = None,
+    json_: Json = False,
+) -> None:
+    """Structured records <-> training samples (sample design, arXiv 2404.13033)."""
+    from dataclasses import asdict
+
+    from . import design
+
+    if [records, parse, table].count(None) != 2:
+        raise UserError("give one of RECORDS (with --out or --sweep), --parse PREDICTIONS or --table FOLDER")
+    if table is not None:
+        scores = design.table(table)
+        if json_:
+            print(json.dumps({name: one and asdict(one) for name, one in scores.items()}, ensure_ascii=False))
+        else:
+            _print_designs(scores)
+        return
+    if schema is None:
+        raise UserError("--schema FILE is missing: the YAML file that names the fields and labels (docs/sample-design.md)")
+    read = design.load_schema(schema, language)
+    chosen = design.design(preset, set_ or ())
+    if parse is not None:
+        rows, parsed, scored = design.parse_rows(parse, read, chosen)
+        if out is not None:
+            design.write_rows(out, rows)
+        counts = {how: sum(one.how == how for one in parsed) for how in ("strict", "soft", "failed")}
+        if json_:
+            print(json.dumps({"rows": len(rows), **counts, "scores": scored and asdict(scored)}, ensure_ascii=False))
+            return
+        print(f"{len(rows)} predictions: " + ", ".join(f"{how} {count}" for how, count in counts.items()))
+        if scored is not None:
+            _print_designs({chosen.name: scored})
+            print("right of each field: " + ", ".join(f"{name} {share:.1%}" for name, share in scored.fields.items()))
+        return
+    items = design.read(str(records), read)
+    strange = design.not_in_text(items)
+    if strange:
+        _say(f"note: {len(strange)} spans do not stand in their text, so a model cannot copy them: {'; '.join(strange[:3])}")
+    if sweep is not None:
+        if test is None:
+            raise UserError("--sweep needs --test FILE: records that are not trained on, to compare the designs with")
+        names = design.sweep(items, design.read(test, read), read, schema, chosen, sweep, model)
+        if json_:
+            print(json.dumps({"folder": str(sweep), "designs": names}))
+            return
+        print(
+            f"{len(names)} designs in {sweep}; `sh {sweep}/run.sh` trains and compares them, and continues where it was interrupted"
+        )
+        return
+    if out is None:
+        raise UserError("--out FILE is missing: where to write the samples (or --sweep FOLDER for every design)")
+    rows = [design.sample(item, read, chosen) for item in items]
+    design.write_rows(out, rows)
+    if json_:
+        print(json.dumps({"rows": len(rows), "design": asdict(chosen), "learn": chosen.learn}, ensure_ascii=False))
+        return
+    print(f"{len(rows)} samples in {out}, design {chosen.name}; the first:")
+    print("\n".join(f"{message['role']}: {message['content']}" for message in rows[0]["messages"]))
+    if chosen.learn != "all":
+        print(f"MI: the run must learn the prompt too: glmtune train data={out} stage.learn={chosen.learn} ...")
+
+
+def _print_designs(scores: dict[str, Any]) -> None:
+    width = max(map(len, scores))
+    print(f"{'design':{width}}   rows   exact  fields right  wrong format  also with tolerance")
+    for name, one in scores.items():
+        shares = (
+            f"{one.rows:4}  {one.exact:6.1%}  {one.accuracy:12.1%}  {one.wrong_strict:12}  {one.wrong_soft:19}"
+            if one
+            else "no predictions yet"
+        )
+        print(f"{name:{width}}   {shares}")
 
 
 def version(show_it: bool) -> None:

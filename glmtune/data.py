@@ -1,42 +1,26 @@
-"""Sources -> Conversations | Documents: the first hop of a sample. docs/architecture.md has the four hops.
-
-    path -> open_file() -> Item(line, value) -> FORMATS[form](row) -> Conversation -> load(): system, variables, weights
+"""Sources -> checked rows, one after the other: file -> Item -> (forms.py) record -> system, variables, weights.
 
 Every row keeps its line, and a row that cannot be used is an error that names it: nothing is dropped, cut or skipped in silence.
 """
 
-import hashlib
-import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
-from typing import Any, Literal, Protocol, TypeVar
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Literal
 
 from .errors import UserError, did_you_mean
-from .forms import Form, Reading, Want, choose_forms, open_file, parse_row
-from .reading import Broken, DataError, File, Item, find_files, some
-from .records import Conversation, Document, Turn
+from .forms import Form, Reading, Record, Want, choose_forms, open_file, parse_rows
+from .mixing import content_hash, mix, parts, split, split_hashes
+from .reading import Broken, DataError, File, Item, some
+from .records import Document, Preference, Turn
+from .sources import Found, Source, find
 
-Record = TypeVar("Record", Conversation, Document)
+__all__ = ["content_hash", "find", "mix", "split", "split_hashes"]  # with everything defined here
 
-
-class Source(Protocol):
-    """One entry of `data:`; the run file's typed model has these fields."""
-
-    @property
-    def path(self) -> str: ...
-    @property
-    def format(self) -> str | None: ...
-    @property
-    def columns(self) -> dict[str, str] | None: ...
-    @property
-    def weight(self) -> float: ...
-    @property
-    def max_samples(self) -> int | None: ...
-    @property
-    def system(self) -> str | None: ...
+HEAD = 1000  # rows of a file that decide on its form
 
 
 @dataclass(frozen=True)
@@ -57,24 +41,16 @@ class Problem:
 
 @dataclass
 class Parsed:
-    """What became of every item of a file, or of all files of a source, in order."""
+    """What became of every item of a file, in order. Of a row with several answers the first stands here."""
 
-    outcomes: list[tuple[Item | Broken, Conversation | Document | Problem]] = field(default_factory=list)
+    outcomes: list[tuple[Item | Broken, Record | Problem]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     form: str = ""
-
-    @property
-    def rows(self) -> list[Conversation | Document]:
-        return [outcome for _, outcome in self.outcomes if not isinstance(outcome, Problem)]
-
-    @property
-    def problems(self) -> list[Problem]:
-        return [outcome for _, outcome in self.outcomes if isinstance(outcome, Problem)]
 
 
 @dataclass(frozen=True)
 class Span:
-    """The rows of one source: `rows[start : start + count]`."""
+    """The records of one source: `rows[start : start + count]`."""
 
     path: str
     format: str
@@ -86,15 +62,15 @@ class Span:
 class Loaded:
     """What `load` returns. `notes` are lines to print."""
 
-    rows: list[Any]  # list[Conversation] or, for want="text", list[Document]
+    rows: list[Any]  # of Conversation; Document for want="text", Preference for "preferences", Labelled for "labels"
     notes: list[str]
     spans: list[Span]
 
 
-# --- load: sources -> rows ------------------------------------------------------------------------------------------------
+# --- sources -> records ---------------------------------------------------------------------------------------------------
 
 
-def load(
+def stream(
     sources: Sequence[Source],
     *,
     system: str | None = None,
@@ -102,97 +78,190 @@ def load(
     join: str = "\n",
     want: Want = "answers",
     all_variables: bool = True,
-) -> Loaded:
-    """Reads all sources, in order, into checked rows.
+    registry: str | Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> "Stream":
+    """(source number, record) of every row of every source, in order, each source once; keeps none of them.
 
     want: "answers" every row ends with an answer (training); "prompts" the trailing answer, if any, moves to meta["reference"];
-    "text" plain text, rows are Documents. `meta["row"]` is the row as it stands in the file. The system turn comes from the row,
-    else the source, else `system`. `variables` fill `{{name}}` in every text; with `all_variables` each must occur somewhere.
-    Raises one UserError of at most three lines: the first bad row, how many more there are and where.
+    "text" plain text, records are Documents; "preferences", "labels" as in forms.py. `meta["row"]` is the row as it stands in the
+    file. The system turn comes from the row, else the source, else `system`. `variables` fill `{{name}}` in every text; with
+    `all_variables` each must occur somewhere. registry, say: see `sources.find`; what is Found already is read as it is.
     """
-    notes: list[str] = []
-    bad: list[Problem] = []
-    parts: list[tuple[Source, str, list[Any]]] = []
-    for source in sources:
-        parsed = _read_source(source, Reading(want, join, source.format, source.columns))
-        parts.append((source, parsed.form, parsed.rows))
-        notes += parsed.notes
-        bad += parsed.problems
-    if bad:
-        raise UserError(_bad_rows(bad, sources))
-    if all_variables:
-        _check_variables(variables or {}, parts, system)
-    rows, spans = [], []
-    for source, form, own in parts:
-        finished = [_finish(row, source.system if source.system is not None else system, variables or {}, want) for row in own]
-        finished = _passes(finished, source.weight, source.path)
-        spans.append(Span(source.path, form, len(rows), len(finished)))
-        rows += finished
-    return Loaded(rows, notes, spans)
+    return Stream(find(sources, registry, say), Reading(want, join), system, variables or {}, all_variables)
 
 
-def _read_source(source: Source, reading: Reading) -> Parsed:
-    """All files of a source, up to its `max_samples`. Raises UserError for a file that cannot be read at all."""
-    whole = Parsed()
-    for path, name in find_files(source.path):
-        left = None if source.max_samples is None else source.max_samples - len(whole.outcomes)
-        if left is not None and left <= 0:
-            whole.notes.append(f"{name}: not read (max_samples {source.max_samples} reached)")
-            continue
+@dataclass
+class Stream:
+    """Iterating reads the files, anew each time. `notes` (lines to print) and `spans` are whole once it is exhausted.
+
+    At its end it raises one UserError of at most three lines if rows were bad: the first, how many more there are and where. A file
+    that cannot be read at all is a UserError at once.
+    """
+
+    sources: list[Found]
+    reading: Reading
+    system: str | None
+    variables: dict[str, str]
+    all_variables: bool
+    notes: list[str] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        self.notes, self.spans = [], []
+        bad, marks, start = _Bad(), _Marks(self.variables), 0
+        for number, source in enumerate(self.sources):
+            system, count, forms = source.system if source.system is not None else self.system, 0, []
+            marks.add([system or ""])
+            for record in self._records(source, bad, forms):
+                marks.add(text for text in _texts(record))
+                yield number, _finish(record, system, self.variables, self.reading.want)
+                count += 1
+            self.spans.append(Span(source.path, "+".join(dict.fromkeys(forms)), start, count))
+            start += count
+        bad.refuse()
+        if self.all_variables:
+            marks.refuse()
+
+    def _records(self, source: Found, bad: "_Bad", forms: list[str]) -> Iterator[Record]:
+        """Those of a source, up to its `max_samples`."""
+        columns, left = source.columns, source.max_samples
+        if self.reading.want == "text" and columns and columns.keys() == {"prompt"}:  # as LLaMA-Factory has it
+            columns = {"text": columns["prompt"]}
+        self.notes += source.notes
+        for path, name in source.files:
+            if left is not None and left <= 0:
+                self.notes.append(f"{name}: not read (max_samples {source.max_samples} reached)")
+                continue
+            rows = None
+            try:
+                file = open_file(path, name)
+                reading = replace(self.reading, format=source.format, columns=columns)
+                rows = Rows(file, islice(file.items, left), reading, source.adapt)
+                for _, made in rows:
+                    if isinstance(made, Problem):
+                        bad.add(made, source)
+                    else:
+                        yield from made
+            except DataError as error:  # of what is broken the first is told: it may be why no row makes sense
+                problem = problem_of(name, (rows and not rows.chosen and rows.first_broken) or error)
+                raise UserError(
+                    problem.message if problem.kind == "missing-file" else f"{problem.place}: {problem.message}"
+                ) from None
+            if left is not None:
+                if left == rows.count and rows.notes:
+                    rows.notes[0] += f"; only the first {left} (max_samples {source.max_samples})"
+                left -= rows.count
+            self.notes += rows.notes
+            forms.append(rows.form)
+
+
+def load(
+    sources: Sequence[Source], *, registry: str | Path | None = None, seed: int = 0, temperature: float = 1.0, **reading: Any
+) -> Loaded:
+    """`stream`, collected, and mixed as the sources' weights and shares say."""
+    flow = stream(sources, registry=registry, **reading)
+    rows = [record for _, record in flow]
+    mixture = parts([span.count for span in flow.spans], flow.sources, seed, temperature)
+    mixed: list[Any] = []
+    spans = []
+    for span, part in zip(flow.spans, mixture, strict=True):
+        spans.append(replace(span, start=len(mixed), count=len(part)))
+        mixed += [rows[span.start + index] for index in part]
+    return Loaded(mixed, flow.notes, spans)
+
+
+def files_of(source: Source, registry: str | Path | None = None) -> list[tuple[Path, str]]:
+    """The files behind a source, each with its name for messages."""
+    return find([source], registry)[0].files
+
+
+class Rows:
+    """A file's items as records or problems, one after the other. `notes`, `form` and `count` are whole at the end.
+
+    The form is decided by the first `head` rows (None: by all); a later row that fits no form is refused as one of that form.
+    Raises DataError where nothing can be read: no rows at all, no form known for any of them, columns that no row has.
+    """
+
+    def __init__(
+        self,
+        file: File,
+        items: Iterable[Item | Broken],
+        reading: Reading,
+        adapt: Callable[[Any], Any] = lambda row: row,
+        head: int | None = HEAD,
+    ):
+        self.file, self.items, self.reading, self.adapt, self.head = file, items, reading, adapt, head
+        self.notes: list[str] = []
+        self.form, self.count, self.chosen = "", 0, False
+        self.first_broken: Broken | None = None
+
+    def __iter__(self) -> Iterator[tuple[Item | Broken, list[Record] | Problem]]:
+        items = iter(self.items)
+        head, whole = self._first(items)
+        if not head:
+            raise DataError("empty-file", "the file has no rows")
+        good = [item for item in head if isinstance(item, Item)]
+        self.first_broken = next((item for item in head if isinstance(item, Broken)), None)
+        values, keys = [self.adapt(item.value) for item in good], Counter()
+        _count_keys(keys, values)
         try:
-            file = open_file(path, name)
-            items = list(islice(file.items, left))
+            main, form_of = choose_forms(values, self.reading)
+            columns = self._check_columns(main, keys) if whole else []
         except DataError as error:
-            raise UserError(str(error) if error.kind == "missing-file" else f"{problem_of(name, error).place}: {error}") from None
-        try:
-            parsed = parse_items(file, items, reading)
-        except DataError as error:  # of what is broken the first is told: it may be why no row makes sense
-            first = next((item for item in items if isinstance(item, Broken)), error)
-            raise UserError(f"{problem_of(name, first).place}: {problem_of(name, first).message}") from None
-        if left is not None and left == len(parsed.outcomes) and parsed.notes:
-            parsed.notes[0] += f"; only the first {left} (max_samples {source.max_samples})"
-        whole.outcomes += parsed.outcomes
-        whole.notes += parsed.notes
-        whole.form = "+".join(dict.fromkeys([*filter(None, [whole.form]), parsed.form]))
-    return whole
+            error.line = good[0].line if good else 1
+            raise
+        self.chosen = True
+        used: Counter[int] = Counter()
+        forms: dict[int, Form] = {}
+        for number, item in enumerate(chain(head, items)):
+            self.count += 1
+            if isinstance(item, Broken):
+                yield item, problem_of(self.file.name, item)
+                continue
+            value = self.adapt(item.value)
+            if number >= len(head):
+                _count_keys(keys, [value])
+            form = form_of(value)
+            try:
+                made = parse_rows(value, form, self.reading.want, self.reading.join)
+            except DataError as error:
+                yield item, Problem(self.file.name, item.line, error.kind, str(error))
+                continue
+            where = f"{self.file.name}:{item.line}"
+            yield item, [replace(record, where=where, meta={"row": item.value, **record.meta}) for record in made]
+            forms[id(form)] = form
+            used[id(form)] += 1
+        counts = Counter({forms[one].describe(keys): count for one, count in used.items()})
+        self.notes = _file_notes(self.file, counts, main, keys, self.reading.want)
+        self.notes += columns if whole else self._check_columns(main, keys)
+        self.form = main.name
+
+    def _first(self, items: Iterator[Item | Broken]) -> tuple[list[Item | Broken], bool]:
+        """The rows that decide, and whether they are all."""
+        found, size = [], 0
+        for item in items:
+            found.append(item)
+            size += item.end - item.start
+            if self.head is not None and (len(found) >= self.head or size > 16_000_000):
+                return found, False
+        return found, True
+
+    def _check_columns(self, main: Form, keys: Counter[str]) -> list[str]:
+        return _check_columns(main, keys, self.reading.want) if self.reading.columns is not None and keys else []
+
+
+def _count_keys(keys: Counter[str], values: Iterable[Any]) -> None:
+    for value in values:
+        if isinstance(value, dict) and len(keys) < 10_000:
+            keys.update(value.keys())
 
 
 def parse_items(file: File, items: list[Item | Broken], reading: Reading) -> Parsed:
-    """The records of a file's items and what is wrong with the others, in order.
-
-    Raises DataError where nothing can be read: no rows at all, no form known for any of them, columns that no row has.
-    """
-    if not items:
-        raise DataError("empty-file", "the file has no rows")
-    good = [item.value for item in items if isinstance(item, Item)]
-    keys = Counter(key for value in good if isinstance(value, dict) for key in value)
-    parsed = Parsed()
-    try:
-        main, form_of = choose_forms(good, reading)
-        if reading.columns is not None and keys:
-            parsed.notes += _check_columns(main, keys, reading.want)
-    except DataError as error:
-        error.line = next((item.line for item in items if isinstance(item, Item)), 1)
-        raise
-    used: Counter[int] = Counter()
-    forms: dict[int, Form] = {}
-    for item in items:
-        if isinstance(item, Broken):
-            parsed.outcomes.append((item, problem_of(file.name, item)))
-            continue
-        form = form_of(item.value)
-        try:
-            record = parse_row(item.value, form, reading.want, reading.join)
-        except DataError as error:
-            parsed.outcomes.append((item, Problem(file.name, item.line, error.kind, str(error))))
-            continue
-        parsed.outcomes.append((item, replace(record, where=f"{file.name}:{item.line}", meta={"row": item.value})))
-        forms[id(form)] = form
-        used[id(form)] += 1
-    counts = Counter({forms[one].describe(keys): count for one, count in used.items()})
-    parsed.notes[:0] = _file_notes(file, counts, main, keys, reading.want)
-    parsed.form = main.name
-    return parsed
+    """The records of a file's items and what is wrong with the others, in order; raises DataError as Rows does."""
+    rows = Rows(file, items, reading, head=None)
+    outcomes = [(item, made if isinstance(made, Problem) else made[0]) for item, made in rows]
+    return Parsed(outcomes, rows.notes, rows.form)
 
 
 def problem_of(name: str, found: Broken | DataError) -> Problem:
@@ -230,23 +299,45 @@ def _file_notes(file: File, used: Counter[str], main: Form, keys: Counter[str], 
     return [line, *more]
 
 
-def _bad_rows(bad: list[Problem], sources: Sequence[Source]) -> str:
-    first, rest = bad[0], bad[1:]
-    lines = [f"{first.place}: {first.message}"]
-    if rest:
-        places = [str(problem.line) if problem.file == first.file else f"{problem.file}:{problem.line}" for problem in rest[:8]]
-        more = ", ..." if len(rest) > 8 else ""
-        what = "rows: lines" if len(rest) > 1 else "row: line"
-        lines.append(f"and {len(rest)} more bad {what} {', '.join(places)}{more}")
-    files = list(dict.fromkeys(problem.file for problem in bad))
-    columns = next((source.columns for source in sources if source.columns and files[0].startswith(source.path.rstrip("/"))), None)
-    option = " --columns " + ",".join(f"{name}={key}" for name, key in columns.items()) if columns else ""
-    if not {problem.kind for problem in bad} <= {"preference-row", "tool-turn"}:  # good rows, for another stage
-        lines.append(f"glmtune data check {' '.join(files[:3])}{option} lists them all; --fix OUT writes a cleaned copy")
-    return "\n".join(lines)
+class _Bad:
+    """Rows that cannot be used: all counted, the first few kept."""
+
+    def __init__(self) -> None:
+        self.first: list[Problem] = []
+        self.count = 0
+        self.places: dict[str, None] = {}  # what `data check` can be given
+        self.kinds: set[str] = set()
+        self.columns: dict[str, str] | None = None
+
+    def add(self, problem: Problem, source: Found) -> None:
+        if not self.count:
+            self.columns = source.columns
+        self.count += 1
+        self.kinds.add(problem.kind)
+        if len(self.first) < 20:
+            self.first.append(problem)
+        if len(self.places) < 3:
+            self.places[problem.file if Path(problem.file).expanduser().exists() else source.path] = None
+
+    def refuse(self) -> None:
+        """Raises UserError if there are any."""
+        if not self.count:
+            return
+        first, rest = self.first[0], self.first[1:9]
+        lines = [f"{first.place}: {first.message}"]
+        if rest:
+            places = [str(bad.line) if bad.file == first.file else f"{bad.file}:{bad.line}" for bad in rest]
+            more = ", ..." if self.count > 9 else ""
+            lines.append(
+                f"and {self.count - 1} more bad {'rows: lines' if self.count > 2 else 'row: line'} {', '.join(places)}{more}"
+            )
+        option = " --columns " + ",".join(f"{name}={key}" for name, key in self.columns.items()) if self.columns else ""
+        if not self.kinds <= {"preference-row", "tool-turn"}:  # good rows, for another stage
+            lines.append(f"glmtune data check {' '.join(self.places)}{option} lists them all; --fix OUT writes a cleaned copy")
+        raise UserError("\n".join(lines))
 
 
-def _finish(record: Conversation | Document, system: str | None, variables: dict[str, str], want: Want) -> Conversation | Document:
+def _finish(record: Record, system: str | None, variables: dict[str, str], want: Want) -> Record:
     """The run's share of a row: default system turn, variables, and for prediction the answer moved to `meta`."""
     if isinstance(record, Document):
         return replace(record, text=_fill(record.text, variables))
@@ -255,9 +346,19 @@ def _finish(record: Conversation | Document, system: str | None, variables: dict
         turns = (Turn("system", system), *turns)
     if variables:
         turns = tuple(replace(turn, text=_fill(turn.text, variables)) for turn in turns)
+    if isinstance(record, Preference):
+        chosen, rejected = (replace(turn, text=_fill(turn.text, variables)) for turn in (record.chosen, record.rejected))
+        return replace(record, turns=turns, chosen=chosen, rejected=rejected)
     if want == "prompts" and turns[-1].role == "assistant":
         return replace(record, turns=turns[:-1], meta={**record.meta, "reference": turns[-1].text})
     return replace(record, turns=turns)
+
+
+def _texts(record: Record) -> list[str]:
+    if isinstance(record, Document):
+        return [record.text]
+    turns = (*record.turns, record.chosen, record.rejected) if isinstance(record, Preference) else record.turns
+    return [turn.text for turn in turns]
 
 
 _VARIABLE = re.compile(r"\{\{\s*(\w+)\s*\}\}")
@@ -267,69 +368,25 @@ def _fill(text: str, variables: dict[str, str]) -> str:
     return _VARIABLE.sub(lambda match: variables.get(match[1], match[0]), text) if variables and "{{" in text else text
 
 
-def _check_variables(variables: dict[str, str], parts: list[tuple[Source, str, list[Any]]], system: str | None) -> None:
-    if not variables:
-        return
-    systems = [part[0].system if part[0].system is not None else system for part in parts]
-    found = {name for text in systems if text for name in _VARIABLE.findall(text)}
-    for _, _, rows in parts:
-        for row in rows:
-            texts = [row.text] if isinstance(row, Document) else [turn.text for turn in row.turns]
-            found.update(name for text in texts if "{{" in text for name in _VARIABLE.findall(text))
-    for name in variables:
-        if name not in found:
-            there = f"the rows have {some(sorted(f'{{{{{one}}}}}' for one in found))}" if found else "no row has any {{...}}"
-            raise UserError(f"variables: '{name}' fills {{{{{name}}}}}, which stands in no row; {there}{did_you_mean(name, found)}")
+class _Marks:
+    """The {{names}} that stand in the rows."""
 
+    def __init__(self, variables: dict[str, str]):
+        self.missing, self.found = dict.fromkeys(variables), dict[str, None]()
 
-def _passes(rows: list[Any], weight: float, path: str) -> list[Any]:
-    """A source's rows as often as its weight says: 2 is every row twice, 0.5 a fixed half of them, 1.5 all and a half."""
-    whole, part = divmod(weight, 1)
-    order = sorted(range(len(rows)), key=lambda index: _hash(f"0 {index}"))
-    chosen = sorted(order[: round(part * len(rows))]) if part else []
-    result = rows * int(whole) + [rows[index] for index in chosen]
-    if rows and not result:
-        raise UserError(f"weight {weight:g} leaves none of the {len(rows)} rows of {path}")
-    return result
+    def add(self, texts: Iterable[str]) -> None:
+        if not self.missing:
+            return
+        for text in texts:
+            for name in _VARIABLE.findall(text) if "{{" in text else ():
+                self.missing.pop(name, None)
+                if len(self.found) < 50:
+                    self.found[name] = None
 
-
-# --- split ----------------------------------------------------------------------------------------------------------------
-
-
-def split(rows: Sequence[Record], share: float | int) -> tuple[list[Record], list[Record]]:
-    """(train, dev). `share` below 1 is a share of the rows, otherwise their number.
-
-    A row's side follows from the hash of its own content (questions and answers, not the system turn): with a share, rows added
-    later move no other row; equal rows are never on both sides. Raises UserError where a side would be empty.
-    """
-    if share <= 0 or (share >= 1 and share != int(share)):
-        raise UserError(f"dev must be a share between 0 and 1 or a whole number of rows, not {share:g}")
-    if share >= 1 and share >= len(rows):
-        raise UserError(f"dev takes {share:g} rows, but there are only {len(rows)}: no row is left to train on")
-    contents = [_hash(_content(row)) for row in rows]
-    counts = Counter(contents)
-    dev: set[int] = set()
-    if share < 1:
-        dev = {content for content in counts if content < share * 2**64} or set(sorted(counts)[:1])
-    else:
-        taken = 0
-        for content in sorted(counts):
-            if taken >= share:
-                break
-            dev.add(content)
-            taken += counts[content]
-    train = [row for row, content in zip(rows, contents, strict=True) if content not in dev]
-    if not train:
-        raise UserError(f"dev {share:g} leaves no row of {len(rows)} to train on; give a smaller share or a file of its own")
-    return train, [row for row, content in zip(rows, contents, strict=True) if content in dev]
-
-
-def _content(row: Conversation | Document) -> str:
-    if isinstance(row, Document):
-        return row.text
-    return json.dumps([[turn.role, turn.text] for turn in row.turns if turn.role != "system"])
-
-
-def _hash(text: str) -> int:
-    """64 bits, uniform, the same on every machine and in every process (unlike hash())."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+    def refuse(self) -> None:
+        """Raises UserError for a variable that stands nowhere."""
+        for name in self.missing:
+            shown = some(sorted(f"{{{{{one}}}}}" for one in self.found))
+            there = f"the rows have {shown}" if self.found else "no row has any {{...}}"
+            near = did_you_mean(name, self.found)
+            raise UserError(f"variables: '{name}' fills {{{{{name}}}}}, which stands in no row; {there}{near}")

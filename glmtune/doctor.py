@@ -149,6 +149,8 @@ def model(name: str | Path, say=lambda text: None) -> dict[str, Any]:
 def _advice(name: str, config: dict[str, Any], device: Any) -> str:
     usual = families.pick_precision("auto", device)
     text = f"{usual} on this machine ({device})"
-    if name.startswith(("ChatGLM3", "GLM-4")) or (name.startswith("Glm") and config.get("model_type") in ("glm", "glm4")):  # THUDM/ChatGLM3 PR 689, LLaMA-Factory 4202: loss 0, NaN
+    if name.startswith(("ChatGLM3", "GLM-4")) or (
+        name.startswith("Glm") and config.get("model_type") in ("glm", "glm4")
+    ):  # THUDM/ChatGLM3 PR 689, LLaMA-Factory 4202: loss 0, NaN
         text += "; not fp16: activations of ChatGLM3 and GLM-4 pass its largest number"
     return text

@@ -28,11 +28,15 @@ def export(
     dtype "auto" is the published one. Everything is read back and compared before the folder gets its name.
     Raises UserError: `to` is taken, no room, nothing to export.
     """
-    to = Path(to)
+    to = Path(to).expanduser().resolve()
     if to.suffix in (".gguf", ".bin", ".safetensors"):
         raise UserError(f"--to {to}: a folder is written, in transformers' layout; give a folder's name")
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"{to} exists already and is never overwritten; choose another --to, or remove it")
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--to {to}: {error.strerror}; choose another folder") from None
     place = families.locate(model, adapter, say)
     if unmerged and place.adapter is None:
         raise UserError(f"{model} has no adapter that could be left unmerged; leave --unmerged out")
@@ -62,7 +66,6 @@ def export(
         (work / "README.md").write_text(_readme(place, loaded, to, unmerged), encoding="utf-8")
         if to.exists():
             to.rmdir()
-        to.parent.mkdir(parents=True, exist_ok=True)
         work.rename(to)
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -1,7 +1,8 @@
 """Rows -> records: which key of a row is the question, which the answer, and what a conversation must be.
 
-A row form is a set of names: which key is the prompt, which the response ... (NAMES). `columns:` in a run file is the same thing
-written by the user. A row that cannot be used raises DataError; the caller knows its file and line.
+A row form is a set of names (NAMES): which key is the prompt, which the response ... `columns:` in a run file is the same thing written
+by the user. What a record is made of them depends on the use (Want): one table for all stages. A row that cannot be used raises
+DataError; the caller knows its file and line.
 """
 
 import json
@@ -15,11 +16,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import reading as files
+from . import tools
 from .errors import UserError, did_you_mean
 from .reading import DataError, File, some
-from .records import ROLES, Conversation, Document, Turn
+from .records import ROLES, Conversation, Document, Labelled, Preference, Turn
 
-Want = Literal["answers", "prompts", "text"]
+Want = Literal["answers", "prompts", "text", "preferences", "labels"]
+Record = Conversation | Document | Preference | Labelled
 
 
 @dataclass(frozen=True)
@@ -32,33 +35,363 @@ class Reading:
     columns: dict[str, str] | None = None
 
 
-# --- forms: a row -> Conversation | Document -----------------------------------------------------------------------------
+# --- the table of forms -------------------------------------------------------------------------------------------------
 
-COLUMNS = ("prompt", "input", "response", "system", "history", "messages", "text", "weight")
-_COMMON = {"system": "system", "history": "history", "weight": "weight"}
-NAMES: dict[str, dict[str, str]] = {
-    "messages": {"messages": "messages", "system": "system", "weight": "weight"},
-    "sharegpt": {"messages": "conversations", "system": "system", "weight": "weight"},
-    "alpaca": {"prompt": "instruction", "input": "input", "response": "output", **_COMMON},
-    "context": {"prompt": "context", "response": "target", **_COMMON},
+COLUMNS = (
+    "prompt", "input", "response", "system", "history", "messages", "tools", "chosen", "rejected", "label", "text", "weight",
+)  # fmt: skip
+_COMMON = {"system": "system", "tools": "tools", "weight": "weight"}
+_ASKED = {"history": "history", **_COMMON}
+NAMES: dict[str, dict[str, str]] = {  # in the order in which they are tried
+    "messages": {"messages": "messages", **_COMMON},
+    "sharegpt": {"messages": "conversations", **_COMMON},
+    "conversation": {"messages": "conversation", **_COMMON},
+    "dialogue": {"messages": "dialogue", **_COMMON},
+    "belle": {"rounds": "instruction", "response": "output", **_COMMON},  # "Human: ...\nAssistant: ..." in one text
+    "alpaca": {"prompt": "instruction", "input": "input", "response": "output", **_ASKED},
+    "preference": {"prompt": "prompt", **_ASKED},  # the prompt may also stand inside both answers
+    "question-answer": {"prompt": "question", "response": "answer", **_ASKED},
+    "query-response": {"prompt": "query", "response": "response", **_ASKED},
+    "prompt-response": {"prompt": "prompt", "response": "response", **_ASKED},
+    "prompt-completion": {"prompt": "prompt", "response": "completion", **_ASKED},
+    "hc3": {"prompt": "question", "response": "human_answers", "response 2": "chatgpt_answers", **_COMMON},
+    "context": {"prompt": "context", "response": "target", **_ASKED},
+    "firefly": {"prompt": "input", "response": "target", **_COMMON},
+    "adgen": {"prompt": "content", "response": "summary", **_COMMON},
     "text": {"text": "text", "weight": "weight"},
 }
-_PAIRS = (("question", "answer"), ("prompt", "response"), ("prompt", "completion"))
-_SPEAKERS = {"human": "user", "gpt": "assistant", **{role: role for role in ROLES}}
-_TOOL_SPEAKERS = ("function_call", "observation", "function", "tool_call", "tool_response")
+_PAIRS = [name for name in NAMES if "-" in name]  # said as the columns that they are
+_FREE = ("firefly", "adgen")  # keys that may mean anything unless both are there
+_OWN_KEYS: dict[Want, dict[str, str]] = {"preferences": {"chosen": "chosen", "rejected": "rejected"}, "labels": {"label": "label"}}
+_LABEL_KEYS = ("label", "kto_tag")
+_NEEDS: dict[Want, tuple[str, ...]] = {
+    "answers": ("messages", "rounds", "prompt", "text", "response", "response 2"),
+    "prompts": ("messages", "rounds", "prompt", "text"),
+    "text": ("text",),
+    "preferences": ("messages", "rounds", "prompt"),
+    "labels": ("messages", "rounds", "prompt", "response", "response 2", "label"),
+}
+_STAGES = {
+    "answers": "`stage: {kind: sft}` learns single answers",
+    "text": "`stage: {kind: pretrain}` learns plain text",
+    "preferences": "it needs a preference stage (dpo, reward)",
+}
 
 
-def _by_names(row: dict[str, Any], join: str = "\n", columns: dict[str, str] | None = None) -> Conversation:
-    """A row whose keys are named by `columns`: prompt, input, response, system, history; or messages."""
+@dataclass(frozen=True)
+class Form:
+    """How a row is read: the entry of FORMATS and the names of its keys (empty for a form from outside)."""
+
+    name: str
+    names: dict[str, str]
+
+    def needs(self, want: Want) -> list[str]:
+        optional = ("prompt",) if self.name == "preference" else ()
+        return [self.names[name] for name in _NEEDS[want] if name in self.names and name not in optional]
+
+    def read(self, row: dict[str, Any], join: str, want: Want = "answers") -> "Record | list[Conversation] | list[Labelled]":
+        if not self.names:
+            return FORMATS[self.name](row, join)
+        return _by_names(row, join, self.names, want)
+
+    def describe(self, keys: Iterable[str]) -> str:
+        present = set(keys)
+        shown = [f"{name}: {key}" if self.name == "columns" else key for name, key in self.names.items() if key in present]
+        return f"{self.name} ({', '.join(shown)})" if self.names else self.name
+
+
+def _form(name: str, want: Want, label: str = "label") -> Form:
+    names = NAMES[name] | _OWN_KEYS.get(want, {}) | ({"label": label} if want == "labels" else {})
+    return Form("columns" if name in _PAIRS else name, names)
+
+
+_FORMS = {(name, want): _form(name, want) for name in NAMES for want in _NEEDS}
+_FORMS |= {(name, "kto_tag"): _form(name, "labels", "kto_tag") for name in NAMES}  # LLaMA-Factory's name for the label
+
+
+# --- recognition ----------------------------------------------------------------------------------------------------------
+
+
+def recognise(row: dict[str, Any], want: Want) -> Form | None:
+    """The form whose keys the row has; for prompts the answer may be missing."""
+    if want == "text":
+        return _FORMS["text", want] if "text" in row else None
+    for need in ("answers", "prompts") if want == "prompts" else (want,):
+        for name in NAMES:
+            key = "kto_tag" if want == "labels" and "label" not in row and "kto_tag" in row else want
+            form = _FORMS[name, key]
+            if name != "text" and all(one in row for one in form.needs(need)) and _fits(name, form, row, need):
+                return form
+    return None
+
+
+def _fits(name: str, form: Form, row: dict[str, Any], need: Want) -> bool:
+    if name == "belle":
+        return _has_rounds(row["instruction"])
+    if name in _FREE:
+        return form.names["response"] in row
+    pair = "chosen" in row and "rejected" in row
+    if name == "preference":
+        return (
+            need == "preferences" and pair and ("prompt" in row or not isinstance(row["chosen"], str) or _has_rounds(row["chosen"]))
+        )
+    return need != "preferences" or pair or isinstance(row.get(form.names.get("response", "")), list)
+
+
+def _traits(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What recognition looks at besides the keys."""
+    return (
+        _has_rounds(row.get("instruction")),
+        _has_rounds(row.get("chosen")),
+        *(type(row.get(key)) for key in ("chosen", "output")),
+    )
+
+
+def open_file(path: Path, name: str) -> File:
+    """`reading.open_file`, which learns from here what a row looks like."""
+    return files.open_file(path, name, lambda value: any(recognise(value, want) for want in ("prompts", "preferences")))
+
+
+def form_of_columns(columns: dict[str, str], format: str | None, want: Want) -> Form:
+    """The form that `columns:` describes. Raises UserError for names that it does not know or that are missing."""
+    for name in columns:
+        if name not in COLUMNS:
+            raise UserError(f"columns: unknown name '{name}'; names are {', '.join(COLUMNS)}{did_you_mean(name, COLUMNS)}")
+    kind = "text" if "text" in columns else "messages" if "messages" in columns else "prompt"
+    fitting = [name for name in NAMES if kind in NAMES[name]]
+    if format not in (None, "columns", *fitting):
+        raise UserError(f"format '{format}' and columns {columns} do not go together; leave one of them out")
+    answer = "messages" if kind == "messages" else "response"
+    needed = {
+        "text": ["text"],
+        "prompts": [kind],
+        "answers": [kind, answer],
+        "labels": [kind, answer, "label"],
+        "preferences": ["prompt"] if "response" in columns else ["chosen", "rejected"],
+    }[want]
+    missing = [name for name in needed if name not in columns]
+    if missing or (want == "text") != (kind == "text"):
+        raise UserError(f"columns {columns} do not say where the {missing[0] if missing else want} stands; wanted {_wanted(want)}")
+    return Form("columns", dict(columns))
+
+
+def _wanted(want: Want) -> str:
+    if want == "preferences":
+        return "{prompt: KEY, chosen: KEY, rejected: KEY} or {messages: KEY, chosen: KEY, rejected: KEY}"
+    more = ", label: KEY" if want == "labels" else ""
+    return "{text: KEY}" if want == "text" else f"{{prompt: KEY, response: KEY{more}}} or {{messages: KEY{more}}}"
+
+
+def form_of_format(format: str, want: Want) -> Form:
+    if format not in FORMATS:
+        raise UserError(f"unknown format '{format}'; formats are {', '.join(FORMATS)}{did_you_mean(format, FORMATS)}")
+    if format == "columns":
+        raise UserError("format 'columns' needs columns: {prompt: KEY, response: KEY}")
+    if (format == "text") != (want == "text"):
+        fit = "plain text has no question and no answer" if format == "text" else f"'{format}' rows are not plain text"
+        raise UserError(f"format '{format}' does not fit: {fit}{_text_hint(want)}")
+    if format == "preference" and want in ("answers", "labels"):
+        raise UserError(f"format 'preference' does not fit: it has no single answer; {_STAGES['preferences']}")
+    return _FORMS[format, want] if format in NAMES else Form(format, {})
+
+
+def _text_hint(want: Want) -> str:
+    if want == "text":
+        return "; name the key that holds the text: columns: {text: KEY}"
+    return f"; {_STAGES['text']}; or name the keys: columns: {{prompt: KEY, response: KEY}}"
+
+
+def choose_forms(rows: list[Any], reading: Reading) -> tuple[Form, Callable[[Any], Form]]:
+    """The main form of a file's rows, and a function that gives the form of each row.
+
+    Rows may differ in form where each is recognisable; a row that is not is read, and refused, as the main form.
+    """
+    want = reading.want
+    if reading.columns is not None or reading.format is not None:
+        form = (
+            form_of_columns(reading.columns, reading.format, want)
+            if reading.columns is not None
+            else form_of_format(str(reading.format), want)
+        )
+        return form, lambda row: form
+    known: dict[tuple[Any, ...], Form | None] = {}
+
+    def find(row: Any) -> Form | None:
+        if not isinstance(row, dict):
+            return None
+        traits = (*row, _traits(row))
+        if traits not in known:
+            known[traits] = recognise(row, want)
+        return known[traits]
+
+    found = [one for row in rows if (one := find(row))]
+    counts = Counter(map(id, found))
+    main = max(found, key=lambda one: counts[id(one)]) if found else _nearest_form(rows, want)
+
+    def form_of(row: Any) -> Form:
+        return find(row) or main
+
+    return main, form_of
+
+
+def _nearest_form(rows: list[Any], want: Want) -> Form:
+    """No row is whole: a form whose question is there, so that the error names the key that is missing; else an error."""
+    objects = [row for row in rows if isinstance(row, dict)]
+    if not objects:
+        return _FORMS["alpaca", want]  # every row is refused as not-an-object
+    keys = list(objects[0])
+    if want == "text":
+        raise DataError("unknown-form", f"no key 'text' in the keys {some(keys)}{_text_hint(want)}")
+    if recognise(objects[0], "preferences"):
+        return _FORMS["alpaca", want]  # refused with the stage that it needs
+    near = recognise(objects[0], "answers") or recognise(objects[0], "prompts")
+    if near:
+        name = next(name for name in NAMES if NAMES[name] == near.names)
+        return _FORMS[name, want]
+    if "text" in keys:
+        raise DataError("unknown-form", f"plain text (keys {some(keys)}) has no question and no answer{_text_hint(want)}")
+    shown = [_FORMS[name, want] for name in NAMES if name not in _PAIRS and (name != "preference" or want == "preferences")]
+    known = ", ".join(form.describe(form.names.values()) for form in shown)
+    raise DataError(
+        "unknown-form", f"no known form in the keys {some(keys)}\nknown: {known}\nor name the keys: {_columns_to_paste(keys)}"
+    )
+
+
+def _columns_to_paste(keys: list[str]) -> str:
+    names = (keys + ["QUESTION_KEY", "ANSWER_KEY"][len(keys) :])[:2] if len(keys) < 2 else keys
+    prompt = next((key for key in names if re.search("prompt|quest|query|instr|input|user|问|source", key, re.I)), names[0])
+    rest = [key for key in names if key != prompt]
+    response = next((key for key in rest if re.search("resp|answ|output|compl|target|reply|assist|答", key, re.I)), rest[0])
+    return f"columns: {{prompt: {prompt}, response: {response}}}"
+
+
+# --- a row -> Conversation | Preference | Labelled | Document -----------------------------------------------------------
+
+
+def _by_names(row: dict[str, Any], join: str = "\n", columns: dict[str, str] | None = None, want: Want = "answers") -> Any:
+    """The record, or a list of several, of a row whose keys are named by `columns`."""
     names = columns or {}
+    if "text" in names:
+        return Document(_text(row, names["text"]))
+    if want == "preferences":
+        return _preference(row, names, join)
+    asked = _asked(row, names, join)
+    made: list[Any] = [
+        Conversation(_whole(asked + answer, row, names), meta={"answer": label} if label else {})
+        for label, answer in _answers(row, names, want)
+    ]
+    if want == "labels":
+        made = [Labelled(one.turns, _label(row, names["label"]), meta=one.meta) for one in made]
+    return made[0] if len(made) == 1 else made
+
+
+def _asked(row: dict[str, Any], names: dict[str, str], join: str) -> list[Turn]:
+    """What stands before the answer; all of a conversation that is a list of messages."""
     if "messages" in names:
-        turns = [_message(message, number) for number, message in enumerate(_rows(row, names["messages"]), 1)]
-    else:
-        turns = _history(row, names.get("history")) + _question_and_answer(row, names, join)
+        return _messages(_rows(row, names["messages"]))
+    if "rounds" in names:
+        return _rounds(_text(row, names["rounds"]))
+    turns, key = _history(row, names.get("history")), names.get("prompt")
+    if key is None or key not in row:
+        return turns
+    if isinstance(row[key], list):  # TRL's conversational prompt
+        return turns + _messages(row[key])
+    parts = [_text(row, key)]
+    if "input" in names and row.get(names["input"]) is not None:
+        parts.append(_text(row, names["input"]))
+    return [*turns, Turn("user", join.join(part for part in parts if part.strip()))]
+
+
+def _answers(row: dict[str, Any], names: dict[str, str], want: Want) -> list[tuple[str, list[Turn]]]:
+    """(which, the answer's turns) of every answer; [("", [])] where there is none. A list of texts is one answer each."""
+    made: list[tuple[str, list[Turn]]] = []
+    keys = [names[name] for name in ("response", "response 2") if name in names and row.get(names[name]) is not None]
+    for key in keys:
+        value = row[key]
+        if not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
+            made.append(("", _said(row, key)))
+        elif want == "prompts":
+            continue
+        elif key != "output":
+            made += [(f"{key}[{i}]", [Turn("assistant", one)]) for i, one in enumerate(value)]
+        elif len(value) == 2:
+            raise DataError("preference-row", f"'{key}' is a preference row's [chosen, rejected]; {_STAGES['preferences']}")
+        else:
+            made.append(("", [Turn("assistant", _text(row, key))]))
+    if not made and keys and want != "prompts":
+        raise DataError("empty-answer", f"there is no answer in {' and '.join(map(repr, keys))}")
+    return made or [("", [])]
+
+
+def _preference(row: dict[str, Any], names: dict[str, str], join: str) -> Preference:
+    asked = _asked(row, names, join)
+    keys = names.get("chosen", "chosen"), names.get("rejected", "rejected")
+    response = names.get("response", "")
+    if isinstance(pair := row.get(response), list) and len(pair) == 2 and not row.keys() & set(keys):
+        keys = f"{response}[0]", f"{response}[1]"
+        row = {**row, keys[0]: pair[0], keys[1]: pair[1]}
+    for key in keys:
+        if key not in row:
+            raise DataError(
+                "missing-key",
+                f"a preference row needs the key '{key}'; this row has {some(list(row))}{_mistyped(key, row)}; {_STAGES['answers']}",
+            )
+    chosen, rejected = (_said(row, key) for key in keys)
+    if chosen and chosen[0].role != "assistant":  # whole conversations
+        asked = []
+    shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)) - 1)
+    shared = min(shared, len(chosen) - 1, len(rejected) - 1)
+    for key, said in zip(keys, (chosen, rejected), strict=True):
+        if shared < 0 or len(said) != shared + 1 or said[-1].role != "assistant":
+            raise DataError(
+                "preference-row", f"'{key}' must end with one answer of its own after the question; {_apart(said, shared)}"
+            )
+        if not said[-1].text.strip() and not said[-1].extra.get("tool_calls"):
+            raise DataError("empty-answer", f"'{key}' is empty")
+    return Preference(_whole(asked + chosen[:shared], row, names), chosen[-1], rejected[-1])
+
+
+def _apart(said: list[Turn], shared: int) -> str:
+    apart = [turn.role for turn in said[max(shared, 0) :]]
+    return f"here {len(apart)} turns ({', '.join(apart)}) differ" if apart else "it has no turns"
+
+
+def _label(row: dict[str, Any], key: str) -> bool:
+    value = row[key].strip().lower() if isinstance(row[key], str) else row[key]
+    if value not in (True, False, "true", "false", "1", "0"):
+        raise DataError("wrong-type", f"'{key}' must be true (a good answer) or false (a bad one), not {_show(row[key])}")
+    return value in (True, "true", "1")
+
+
+def _said(row: dict[str, Any], key: str) -> list[Turn]:
+    """An answer as a text, a message or a list of messages, perhaps with the conversation before it."""
+    value = row[key]
+    if isinstance(value, dict) and ({"role", "from"} & value.keys()):
+        return _messages([value])
+    if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
+        return _messages(value)
+    if value is None:
+        raise DataError("wrong-type", f"'{key}' must be a string, a message or a list of messages, not null")
+    text = _text(row, key)
+    return _rounds(text) if _has_rounds(text) else [Turn("assistant", text)]
+
+
+def _whole(turns: list[Turn], row: dict[str, Any], names: dict[str, str]) -> tuple[Turn, ...]:
+    """The turns with the row's own system turn and tools."""
     system = row.get(names["system"]) if "system" in names else None
     if system is not None and _text(row, names["system"]) and not _repeats(system, turns):
-        turns.insert(0, Turn("system", system))
-    return Conversation(tuple(turns))
+        turns = [Turn("system", system), *turns]
+    if "tools" in names and turns and (schemas := _schemas(row, names["tools"])):
+        turns = [replace(turns[0], extra={**turns[0].extra, "tools": schemas}), *turns[1:]]
+    return tuple(tools.with_names(turns))
+
+
+def _schemas(row: dict[str, Any], key: str, where: str = "") -> list[dict[str, Any]]:
+    schemas = tools.read_schemas(row.get(key))
+    if schemas is None:
+        wanted = "must be a list of objects with a name (or that as JSON)"
+        raise DataError("tool-turn", f"{where}'{key}' {wanted}, not {_show(row[key])}")
+    return schemas
 
 
 def _repeats(system: str, turns: list[Turn]) -> bool:
@@ -67,16 +400,6 @@ def _repeats(system: str, turns: list[Turn]) -> bool:
     if turns[0].text != system:
         raise DataError("role-order", "the row has both a key 'system' and a system turn; keep one")
     return True
-
-
-def _question_and_answer(row: dict[str, Any], names: dict[str, str], join: str) -> list[Turn]:
-    parts = [_text(row, names["prompt"])]
-    if "input" in names and row.get(names["input"]) is not None:
-        parts.append(_text(row, names["input"]))
-    turns = [Turn("user", join.join(part for part in parts if part.strip()))]
-    if "response" in names and row.get(names["response"]) is not None:
-        turns.append(Turn("assistant", _text(row, names["response"])))
-    return turns
 
 
 def _history(row: dict[str, Any], key: str | None) -> list[Turn]:
@@ -92,32 +415,103 @@ def _history(row: dict[str, Any], key: str | None) -> list[Turn]:
     return turns
 
 
-def _message(message: Any, number: int) -> Turn:
-    """One message: role and content (OpenAI, ChatGLM3) or from and value (ShareGPT)."""
+_ROUND = re.compile(r"(?:^|\n)[ \t]*(Human|Assistant)[ \t]*[:：]")
+
+
+def _has_rounds(text: Any) -> bool:
+    """Whether one text holds a conversation, as BELLE and Anthropic's HH write it."""
+    if not (isinstance(text, str) and text[:64].lstrip()[:5] == "Human"):
+        return False
+    marks = _ROUND.findall(text)
+    return bool(marks) and marks[0] == "Human" and "Assistant" in marks
+
+
+def _rounds(text: str) -> list[Turn]:
+    first, *marked = _ROUND.split(text)
+    if first.strip() or not marked:
+        raise DataError("wrong-type", f"rounds must be 'Human: ...' and 'Assistant: ...' on lines of their own, not {_show(text)}")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    turns = [Turn(roles[mark], said.strip()) for mark, said in zip(marked[::2], marked[1::2], strict=True)]
+    return turns[:-1] if turns[-1] == Turn("assistant", "") else turns  # the mark that asks for the answer
+
+
+# --- messages -------------------------------------------------------------------------------------------------------------
+
+_SPEAKERS = {"human": "user", "gpt": "assistant", **{role: role for role in ROLES}}
+_CALLERS = ("function_call", "tool_call")
+_TOOL_SPEAKERS = ("observation", "function", "tool_response")
+_BOTH = (("human", "assistant"), ("user", "assistant"), ("question", "answer"), ("input", "output"))
+
+
+def _messages(messages: list[Any]) -> list[Turn]:
+    """The turns of a list of messages; what an assistant says and calls in a row is one turn."""
+    turns: list[Turn] = []
+    for number, message in enumerate(messages, 1):
+        for turn in _message(message, number):
+            before = turns[-1] if turns else None
+            calls = turn.extra.get("tool_calls") if turn.role == "assistant" else None
+            if calls and before and (before.role, before.learn, before.weight) == (turn.role, turn.learn, turn.weight):
+                both = [*before.extra.get("tool_calls", ()), *calls]
+                text = "\n".join(filter(None, [before.text, turn.text]))
+                turns[-1] = replace(before, text=text, extra={**before.extra, **turn.extra, "tool_calls": both})
+            else:
+                turns.append(turn)
+    return turns
+
+
+def _message(message: Any, number: int) -> list[Turn]:
+    """One message: role and content (OpenAI, ChatGLM3), from and value (ShareGPT), or a question with its answer."""
     if not isinstance(message, dict):
         raise DataError("wrong-type", f"message {number} must be an object with role and content, not {_show(message)}")
+    place = f"message {number}: "
+    both = next((pair for pair in _BOTH if {"role", "from"}.isdisjoint(message) and pair[0] in message), None)
+    if both:
+        roles = [("system", "system"), (both[0], "user"), (both[1], "assistant")]
+        return [Turn(role, _text(message, key, place)) for key, role in roles if message.get(key) is not None]
     role_key, text_key = ("from", "value") if "from" in message and "role" not in message else ("role", "content")
-    needed = (role_key,) if message.get("tool_calls") else (role_key, text_key)  # a call may stand without any text
-    for key in needed:
+    called = message.get("tool_calls") or message.get("function_call")
+    own = message.get("role") == "tool" and "parameters" in message and "observation" in message  # ChatGLM3's call with its result
+    for key in (role_key,) if called or own else (role_key, text_key):  # a call may stand without any text
         if key not in message:
             raise DataError(
                 "missing-key", f"message {number} needs the key '{key}'; it has {list(message)}{_mistyped(key, message)}"
             )
-    role = _role(message[role_key], number)
-    text = "" if message.get("tool_calls") and message.get(text_key) is None else _text(message, text_key, f"message {number}: ")
+    given = message[role_key]
     learn = message.get("learn")
     if learn is not None and not isinstance(learn, bool):
         raise DataError("wrong-type", f"message {number}: 'learn' must be true or false, not {_show(learn)}")
-    weight = _number(message, "weight", f"message {number}: ")
-    extra = {key: value for key, value in message.items() if key not in (role_key, text_key, "learn", "weight")}
-    return Turn(role, text, learn, weight, extra)
+    how: dict[str, Any] = {"learn": learn, "weight": _number(message, "weight", place)}
+    if own:
+        result = message["observation"]
+        result = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
+        return [Turn("assistant", "", extra={"tool_calls": _calls(message, number, given)}, **how), Turn("tool", result)]
+    if given in _CALLERS:
+        return [Turn("assistant", "", extra={"tool_calls": _calls(message[text_key], number, given)}, **how)]
+    known = (role_key, text_key, "learn", "weight", "tool_calls", "function_call")
+    extra = {key: value for key, value in message.items() if key not in known}
+    if called:
+        extra["tool_calls"] = _calls(called, number, given)
+    if "tools" in extra:
+        extra["tools"] = _schemas(message, "tools", place)
+    text = "" if called and message.get(text_key) is None else _text(message, text_key, place)
+    return [Turn(_role(given, number), text, extra=extra, **how)]
+
+
+def _calls(value: Any, number: int, given: Any) -> list[dict[str, Any]]:
+    calls = tools.read_calls(value)
+    if calls is None:
+        wanted = 'a call is {"name": ..., "arguments": {...}}, as an object or as JSON, or a list of these'
+        raise DataError(
+            "tool-turn", f"message {number} is a '{given}' turn with a call that cannot be read: {_show(value)}; {wanted}"
+        )
+    return calls
 
 
 def _role(given: Any, number: int) -> str:
-    if given in _TOOL_SPEAKERS:
-        raise DataError("tool-turn", f"message {number} is a '{given}' turn: tool calls cannot be trained on yet")
+    if isinstance(given, str) and given in _TOOL_SPEAKERS:
+        return "tool"
     if not isinstance(given, str) or given not in _SPEAKERS:
-        hint = did_you_mean(given, _SPEAKERS) if isinstance(given, str) else ""
+        hint = did_you_mean(given, (*_SPEAKERS, *_CALLERS, *_TOOL_SPEAKERS)) if isinstance(given, str) else ""
         known = f"roles are {', '.join(ROLES)} (or human, gpt)"
         raise DataError("unknown-role", f"message {number} has the unknown role {given!r}; {known}{hint}")
     return _SPEAKERS[given]
@@ -125,12 +519,23 @@ def _role(given: Any, number: int) -> str:
 
 def _text(row: dict[str, Any], key: str, where: str = "") -> str:
     value = row[key]
+    if isinstance(value, list) and value and all(isinstance(part, dict) and "type" in part for part in value):
+        value = "".join(_part(part, number, where) for number, part in enumerate(value, 1))
     if not isinstance(value, str):
         nested = "; use a JSON string, or pick other keys with columns:" if isinstance(value, list | dict) else ""
         raise DataError("wrong-type", f"{where}'{key}' must be a string, not {_show(value)}{nested}")
     if _SURROGATE.search(value):
         raise DataError("encoding-damage", f"{where}'{key}' holds half of a surrogate pair, which is not a character")
     return value
+
+
+def _part(part: dict[str, Any], number: int, where: str) -> str:
+    """One part of an OpenAI message whose content is a list."""
+    if part["type"] != "text" or not isinstance(part.get("text"), str):
+        raise DataError(
+            "not-text", f"{where}part {number} of the content is of the type {part['type']!r}; only text can be learned"
+        )
+    return part["text"]
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -170,202 +575,67 @@ def _show(value: Any) -> str:
     return f"{kinds[type(value)]} ({shown if len(shown) <= 40 else shown[:37] + '...'})"
 
 
-def _document(row: dict[str, Any], join: str = "\n", columns: dict[str, str] | None = None) -> Document:
-    return Document(_text(row, (columns or NAMES["text"])["text"]))
-
-
-def _form(name: str) -> Callable[..., Conversation]:
-    return partial(_by_names, columns=NAMES[name])
-
-
-# A form from outside is one more line: a function (row, join) -> Conversation, asked for by `format: its-name`.
-FORMATS: dict[str, Callable[..., Conversation | Document]] = {
-    "alpaca": _form("alpaca"),
-    "context": _form("context"),
-    "messages": _form("messages"),
-    "sharegpt": _form("sharegpt"),
-    "columns": _by_names,
-    "text": _document,
-}
-
-
-@dataclass(frozen=True)
-class Form:
-    """How a row is read: the entry of FORMATS and the names of its keys (empty for a form from outside)."""
-
-    name: str
-    names: dict[str, str]
-
-    def needs(self, want: Want) -> list[str]:
-        wanted = ("messages", "prompt", "text") + (("response",) if want == "answers" else ())
-        return [self.names[name] for name in wanted if name in self.names]
-
-    def read(self, row: dict[str, Any], join: str) -> Conversation | Document:
-        if self.name == "columns":
-            read = _document if "text" in self.names else _by_names
-            return read(row, join, self.names)
-        return FORMATS[self.name](row, join)
-
-    def describe(self, keys: Iterable[str]) -> str:
-        present = set(keys)
-        shown = [f"{name}: {key}" if self.name == "columns" else key for name, key in self.names.items() if key in present]
-        return f"{self.name} ({', '.join(shown)})" if self.names else self.name
-
-
-_KNOWN = [Form(name, NAMES[name]) for name in ("messages", "sharegpt", "alpaca")]
-_KNOWN += [Form("columns", {"prompt": prompt, "response": response, **_COMMON}) for prompt, response in _PAIRS]
-_KNOWN += [Form("context", NAMES["context"])]
-_TEXT = Form("text", NAMES["text"])
-
-
-def recognise(row: dict[str, Any], want: Want) -> Form | None:
-    """The form whose keys the row has; for prompts the answer may be missing."""
-    if want == "text":
-        return _TEXT if "text" in row else None
-    for need in ("answers", "prompts") if want == "prompts" else ("answers",):
-        for form in _KNOWN:
-            if all(key in row for key in form.needs(need)):
-                return form
-    return None
-
-
-def open_file(path: Path, name: str) -> File:
-    """`reading.open_file`, which learns from here what a row looks like."""
-    return files.open_file(path, name, lambda value: recognise(value, "prompts") is not None)
-
-
-def form_of_columns(columns: dict[str, str], format: str | None, want: Want) -> Form:
-    """The form that `columns:` describes. Raises UserError for names that it does not know or that are missing."""
-    for name in columns:
-        if name not in COLUMNS:
-            raise UserError(f"columns: unknown name '{name}'; names are {', '.join(COLUMNS)}{did_you_mean(name, COLUMNS)}")
-    kind = "text" if "text" in columns else "messages" if "messages" in columns else "prompt"
-    fitting = {"text": ("text",), "messages": ("messages", "sharegpt"), "prompt": ("alpaca", "context")}[kind]
-    if format not in (None, "columns", *fitting):
-        raise UserError(f"format '{format}' and columns {columns} do not go together; leave one of them out")
-    needed = (
-        {"text": ["text"], "prompts": ["prompt"], "answers": ["prompt", "response"]}[want] if kind != "messages" else ["messages"]
-    )
-    missing = [name for name in needed if name not in columns]
-    if missing or (want == "text") != (kind == "text"):
-        wanted = "{text: KEY}" if want == "text" else "{prompt: KEY, response: KEY} or {messages: KEY}"
-        raise UserError(f"columns {columns} do not say where the {missing[0] if missing else want} stands; wanted {wanted}")
-    return Form("columns", dict(columns))
-
-
-def form_of_format(format: str, want: Want) -> Form:
-    if format not in FORMATS:
-        raise UserError(f"unknown format '{format}'; formats are {', '.join(FORMATS)}{did_you_mean(format, FORMATS)}")
-    if format == "columns":
-        raise UserError("format 'columns' needs columns: {prompt: KEY, response: KEY}")
-    if (format == "text") != (want == "text"):
-        fit = "plain text has no question and no answer" if format == "text" else f"'{format}' rows are not plain text"
-        raise UserError(f"format '{format}' does not fit: {fit}{_text_hint(want)}")
-    return Form(format, NAMES.get(format, {}))
-
-
-def _text_hint(want: Want) -> str:
-    if want == "text":
-        return "; name the key that holds the text: columns: {text: KEY}"
-    return "; `stage: {kind: pretrain}` learns plain text; or name the keys: columns: {prompt: KEY, response: KEY}"
-
-
-def choose_forms(rows: list[Any], reading: Reading) -> tuple[Form, Callable[[Any], Form]]:
-    """The main form of a file's rows, and a function that gives the form of each row.
-
-    Rows may differ in form where each is recognisable; a row that is not is read, and refused, as the main form.
-    """
-    want = reading.want
-    if reading.columns is not None or reading.format is not None:
-        form = (
-            form_of_columns(reading.columns, reading.format, want)
-            if reading.columns is not None
-            else form_of_format(str(reading.format), want)
-        )
-        return form, lambda row: form
-    known: dict[tuple[str, ...], Form | None] = {}
-
-    def find(row: dict[str, Any]) -> Form | None:
-        keys = tuple(row)
-        if keys not in known:
-            known[keys] = recognise(row, want)
-        return known[keys]
-
-    objects = [row for row in rows if isinstance(row, dict)]
-    forms = Counter(found.name + str(found.names) for row in objects if (found := find(row)))
-    if forms:
-        best = forms.most_common(1)[0][0]
-        main = next(form for form in (*_KNOWN, _TEXT) if form.name + str(form.names) == best)
-    else:
-        main = _nearest_form(objects, want)
-
-    def form_of(row: Any) -> Form:
-        found = find(row) if isinstance(row, dict) else None
-        return found or main
-
-    return main, form_of
-
-
-def _nearest_form(objects: list[dict[str, Any]], want: Want) -> Form:
-    """No row is whole: a form whose question is there, so that the error names the key that is missing; else an error."""
-    if not objects:
-        return Form("alpaca", NAMES["alpaca"])  # every row is refused as not-an-object
-    keys = list(objects[0])
-    if want == "text":
-        raise DataError("unknown-form", f"no key 'text' in the keys {some(keys)}{_text_hint(want)}")
-    near = recognise(objects[0], "prompts")
-    if near:
-        return near
-    if "text" in keys:
-        raise DataError("unknown-form", f"plain text (keys {some(keys)}) has no question and no answer{_text_hint(want)}")
-    known = ", ".join(form.describe(form.names.values()) for form in (*_KNOWN, _TEXT) if form.name != "columns")
-    raise DataError(
-        "unknown-form", f"no known form in the keys {some(keys)}\nknown: {known}\nor name the keys: {_columns_to_paste(keys)}"
-    )
-
-
-def _columns_to_paste(keys: list[str]) -> str:
-    names = (keys + ["QUESTION_KEY", "ANSWER_KEY"][len(keys) :])[:2] if len(keys) < 2 else keys
-    prompt = next((key for key in names if re.search("prompt|quest|query|instr|input|user|问|source", key, re.I)), names[0])
-    rest = [key for key in names if key != prompt]
-    response = next((key for key in rest if re.search("resp|answ|output|compl|target|reply|assist|答", key, re.I)), rest[0])
-    return f"columns: {{prompt: {prompt}, response: {response}}}"
+# A form from outside is one more line: a function (row, join) -> record, asked for by `format: its-name`.
+FORMATS: dict[str, Callable[..., Any]] = {name: partial(_by_names, columns=NAMES[name]) for name in NAMES}
+FORMATS["columns"] = _by_names
 
 
 # --- rows: what a conversation must be ------------------------------------------------------------------------------------
 
 
-def parse_row(row: Any, form: Form, want: Want, join: str = "\n") -> Conversation | Document:
-    """One row as a checked record, its own system turn first if it has one. Raises DataError (the message has no place in it)."""
+def parse_rows(row: Any, form: Form, want: Want, join: str = "\n") -> list[Record]:
+    """The checked records of one row, its own system turn first if it has one; several where the form has several answers
+    (`meta["answer"]` says which). Raises DataError (the message has no place in it)."""
     if not isinstance(row, dict):
         raise DataError("not-an-object", f"a row must be a JSON object, this is {_show(row)}")
-    if (
-        want == "answers"
-        and {"chosen", "rejected"} <= row.keys()
-        and ("response" not in form.names or form.names["response"] not in row)
-    ):
+    if want in ("answers", "labels") and {"chosen", "rejected"} <= row.keys() and form.names.get("response") not in row:
         raise DataError(
-            "preference-row", "a preference row (chosen, rejected) has no single answer to learn; it needs a preference stage"
+            "preference-row", f"a preference row (chosen, rejected) has no single answer to learn; {_STAGES['preferences']}"
         )
     _require_keys(row, form, want)
-    record = form.read(row, join)
-    weight = _number(row, form.names["weight"]) if "weight" in form.names else record.weight
+    made = form.read(row, join, want)
+    records: list[Record] = [*made] if isinstance(made, list) else [made]
+    for record in records:
+        _check(record, form, want)
+    if "weight" not in form.names:
+        return records
+    weight = _number(row, form.names["weight"])
+    return [replace(record, weight=weight) for record in records]
+
+
+def parse_row(row: Any, form: Form, want: Want, join: str = "\n") -> Record:
+    """`parse_rows` of a row that must be one record."""
+    records = parse_rows(row, form, want, join)
+    if len(records) != 1:
+        raise DataError("several-answers", f"the row has {len(records)} answers where one was wanted; name one with columns:")
+    return records[0]
+
+
+_RECORDS: dict[str, type] = {"text": Document, "preferences": Preference, "labels": Labelled}
+
+
+def _check(record: Record, form: Form, want: Want) -> None:
+    wanted = _RECORDS.get(want, Conversation)
+    if not isinstance(record, wanted):
+        got, need = type(record).__name__, wanted.__name__
+        raise DataError("unknown-form", f"the format '{form.name}' gives a {got} where this stage reads a {need}")
     if isinstance(record, Document):
         if not record.text.strip():
-            raise DataError("empty-text", f"the text '{form.names['text']}' is empty")
-        return replace(record, weight=weight)
-    _check_roles(record.turns, want)
-    _check_texts(record.turns, want)
-    return replace(record, weight=weight)
+            raise DataError("empty-text", f"the text '{form.names.get('text', 'text')}' is empty")
+        return
+    turns = (*record.turns, record.chosen) if isinstance(record, Preference) else record.turns
+    _check_roles(turns, want)
+    _check_texts(turns, want)
 
 
 def _require_keys(row: dict[str, Any], form: Form, want: Want) -> None:
     for key in form.needs(want):
         if key not in row:
             article = "an" if form.name[0] in "aeiou" else "a"
+            stage = f"; {_STAGES['answers']}" if key in _LABEL_KEYS and want == "labels" else ""
             raise DataError(
                 "missing-key" if set(form.names.values()) & row.keys() else "unknown-form",
-                f"{article} '{form.name}' row needs the key '{key}'; this row has {some(list(row))}{_mistyped(key, row)}",
+                f"{article} '{form.name}' row needs the key '{key}'; this row has {some(list(row))}{_mistyped(key, row)}{stage}",
             )
         if row[key] is None:
             raise DataError(
@@ -395,7 +665,7 @@ def _check_roles(turns: tuple[Turn, ...], want: Want) -> None:
         if role not in _MAY_FOLLOW[before]:
             raise DataError("role-order", f"turn {number}: {_order_said(before, role)}")
         before = role
-    if want == "answers" and before != "assistant":
+    if want != "prompts" and before != "assistant":
         raise DataError("role-order", f"the last turn is by '{before}'; a row to learn from must end with the assistant's answer")
 
 

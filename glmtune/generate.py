@@ -1,6 +1,5 @@
 """One decoding path for chat, prediction and the before/after samples: `stream` for one conversation, `answer` for many."""
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 from .chat import Template
 from .errors import UserError
 from .families import family_of
+from .families.family import about_generation
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,16 @@ class Sampling:
 
 def published_settings(folder: Path) -> dict[str, Any]:
     """temperature and top_p as the model's publisher set them in generation_config.json; greedy where it says nothing."""
-    path = folder / "generation_config.json"
-    if not path.is_file():
+    found = about_generation(folder)
+    if not found:
         published = family_of(folder).settings if (folder / "config.json").is_file() else {}
         return {key: value for key, value in published.items() if key in ("temperature", "top_p")}
-    found = json.loads(path.read_text(encoding="utf-8"))
     if not found.get("do_sample"):
         return {}
-    return {"temperature": float(found.get("temperature") or 1.0), "top_p": float(found.get("top_p") or 1.0)}
+    try:
+        return {"temperature": float(found.get("temperature") or 1.0), "top_p": float(found.get("top_p") or 1.0)}
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{folder / 'generation_config.json'}: {error}; copy the file again") from None
 
 
 def pick(logits: Any, sampling: Sampling, generator: Any) -> Any:

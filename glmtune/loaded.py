@@ -64,6 +64,7 @@ def load(
     template = families.open_template(place.tokenizer, place.template)
     model = families.load_model(place.base, dtype=dtype, device=target)
     methods.prepare(model, dtype)
+    model.generation_config.eos_token_id = template.stop_ids  # model.generate ends where chat does
     if place.adapter is not None:
         methods.load(model, place.adapter)
     targets = sorted({name.split(".")[-1] for name in methods.blocks(model)})

@@ -159,7 +159,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @contextmanager
 def disabled(model: nn.Module):
-    """The model without its adapter: B counts as zero inside."""
+    """The model without its adapter, inside: for the stages that compare with where they began."""
     layers = [layer for layer in blocks(model).values() if layer.lora_B is not None]
     held = [layer.lora_A for layer in layers]
     for layer in layers:

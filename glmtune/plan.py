@@ -3,20 +3,23 @@
 Needs no torch, so that a wrong run fails in a second. `glmtune show` prints a plan; `glmtune train` carries it out.
 """
 
-import hashlib
 import importlib.util
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from . import data, estimate, families
+import numpy as np
+
+from . import data, estimate, families, mixing, sources
 from .chat import JOIN, Template
 from .errors import UserError
-from .records import Conversation, Example
+from .records import Conversation
 from .run import DEFAULT_LR, Run, Source
-from .stages import STAGES, Encoded, Limits
+from .stages import STAGES, Limits
+from .store import Chosen, Store
+from .tokenise import Wanted, is_store, tokenised
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,8 @@ class Plan:
     run: Run
     folder: Path  # of the base model
     template: Template
-    examples: list[Example]
-    dev: list[Example]
+    examples: Chosen
+    dev: Chosen | None
     questions: list[Question]
     targets: list[str]  # layers that get LoRA; empty for full tuning
     shape: estimate.Shape
@@ -45,15 +48,11 @@ class Plan:
 
     @property
     def lengths(self) -> list[int]:
-        return [len(example.ids) for example in self.examples]
+        return self.examples.lengths
 
     @property
-    def fingerprint(self) -> str:
-        """Of the sequences that are learned: a resumed run must meet the same ones."""
-        digest = hashlib.blake2b(digest_size=16)
-        for example in self.examples:
-            digest.update(repr((example.ids, example.weights)).encode())
-        return digest.hexdigest()
+    def longest(self) -> int:
+        return max([*self.examples.lengths, *(self.dev.lengths if self.dev else ())])
 
 
 def make(run: Run, say: Callable[[str], None] = lambda text: None) -> Plan:
@@ -61,52 +60,84 @@ def make(run: Run, say: Callable[[str], None] = lambda text: None) -> Plan:
     for name in run.report_to:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"report_to: {name} is not installed; pip install {name}, or leave it out")
-    stage = STAGES[run.stage.kind]
-    join = run.join if run.join is not None else JOIN.get(str(run.template), "\n")
-    reading: dict[str, Any] = {"system": run.system, "variables": run.variables, "join": join}
-    loaded = data.load(run.data, want=stage.want, **reading)
-    folder = families.resolve(run.model, say)
-    shapes = families.tensor_shapes(folder)
-    template = families.open_template(folder, run.template, learn=getattr(run.stage, "learn", "all"))
+    folder, wanted_rows = wanted(run, say)
+    shapes, template = families.tensor_shapes(folder), wanted_rows.template
     targets, shared = [], []
     if run.method.kind == "lora":
-        wanted = families.published_targets(run.method.targets, folder)
-        targets = families.pick_targets(wanted, families.linear_names(folder))
+        given = families.published_targets(run.method.targets, folder)
+        targets = families.pick_targets(given, families.linear_names(folder))
         shared = families.sharing(targets) if run.method.share_a else []
     reads = families.reads_at_most(folder)
-    # Rotary positions go on past what a model was made for, with worse results; a table of positions ends.
-    rotary = any(key.startswith(("rope", "position_encoding")) for key in families.config_of(folder))
-    limits = Limits(run.max_length, run.too_long, None if rotary else reads)
-    rows, dev_rows, notes = loaded.rows, [], list(loaded.notes)
+    reading = {"system": run.system, "variables": run.variables, "join": wanted_rows.join}
+    train = tokenised(wanted_rows, say=say)
+    notes = [*train.about["notes"], *_said(train)]
+    examples, dev = _sides(run, train, wanted_rows.sources)
     if run.eval.data:
-        dev = data.load(run.eval.data, want=stage.want, all_variables=False, **reading)
-        dev_rows = dev.rows
-        notes += [f"dev: {note}" for note in dev.notes]
-    elif run.eval.share:
-        rows, dev_rows = data.split(rows, run.eval.share)
-        notes.append(f"dev: {len(dev_rows)} of {len(loaded.rows)} rows, chosen by their content (eval.share {run.eval.share})")
-    train = stage.encode(template, rows, limits)
-    dev = _dev(stage.encode, template, dev_rows, limits)
-    notes += [f"{count} {reason}" for reason, count in (train.counts + dev.counts).items()]
+        other = tokenised(
+            replace(wanted_rows, sources=sources.find(run.eval.data, run.registry, say), all_variables=False, stored=None), say=say
+        )
+        dev = Chosen(other, np.arange(len(other)))
+        notes += [f"dev: {note}" for note in [*other.about["notes"], *_said(other)]]
+    elif dev is not None:
+        notes.append(
+            f"dev: {len(set(train.arrays['row'][dev.index].tolist()))} of {train.about['rows']} rows, chosen by their content (eval.share {run.eval.share:g})"
+        )
     notes += _learning_rate(run)
-    beyond = [example for example in train.examples if reads is not None and len(example.ids) > reads]
+    beyond = [length for length in examples.lengths if reads is not None and length > reads]
     if beyond:
-        longest = max(len(example.ids) for example in beyond)
-        notes.append(f"warning: {len(beyond)} rows are longer than the {reads} tokens this model was made for (longest {longest})")
+        notes.append(
+            f"warning: {len(beyond)} rows are longer than the {reads} tokens this model was made for (longest {max(beyond)})"
+        )
     parameters = families.num_parameters(folder)
     trainable = estimate.lora_parameters(shapes, targets, run.method.rank, shared) if targets else parameters
     return Plan(
-        run, folder, template, train.examples, dev.examples, _questions(run, template, rows, reading, reads), targets,
+        run, folder, template, examples, dev, _questions(run, template, reading, reads), targets,
         estimate.Shape.of(families.config_of(folder), parameters, trainable), notes,
     )  # fmt: skip
 
 
-def _dev(encode: Callable[..., Encoded], template: Template, rows: Sequence[Any], limits: Limits) -> Encoded:
-    template.differs.clear()
-    if not rows:
-        return Encoded()
-    made = encode(template, rows, limits)
-    return Encoded(made.examples, Counter({f"dev {reason}": count for reason, count in made.counts.items()}))
+def wanted(run: Run, say: Callable[[str], None]) -> tuple[Path, Wanted]:
+    """The base model's folder, and the sequences that a run learns from."""
+    folder = families.resolve(run.model, say)
+    template = families.open_template(folder, run.template, learn=getattr(run.stage, "learn", "all"))
+    # Rotary positions go on past what a model was made for, with worse results; a table of positions ends.
+    rotary = any(key.startswith(("rope", "position_encoding")) for key in families.config_of(folder))
+    limits = Limits(run.max_length, run.too_long, None if rotary else families.reads_at_most(folder))
+    join = run.join if run.join is not None else JOIN.get(str(run.template), "\n")
+    stored = next((source.path for source in run.data if is_store(source.path)), None)
+    if stored is not None and len(run.data) > 1:
+        raise UserError(f"{stored} holds tokenised rows and must be the only entry of data; tokenise the others with it")
+    found = [] if stored is not None else sources.find(run.data, run.registry, say)
+    place = None if stored is None else Path(stored).expanduser()
+    return folder, Wanted(found, run.stage.kind, template, limits, run.system, run.variables, join, stored=place)
+
+
+def _said(made: Store) -> list[str]:
+    return [f"{count} {reason}" for reason, count in made.about["counts"].items()]
+
+
+def _sides(run: Run, made: Store, found: Sequence[sources.Found]) -> tuple[Chosen, Chosen | None]:
+    """What is learned, in the order and as often as the sources' weights say; and with eval.share the rows that are kept apart."""
+    rows = made.arrays["row"]
+    starts = np.flatnonzero(np.diff(rows, prepend=-1))  # the first sequence of every row
+    dev = np.zeros(len(starts), dtype=bool)
+    if run.eval.share:
+        dev = np.array(mixing.split_hashes(made.arrays["hash"][starts].tolist(), run.eval.share), dtype=bool)
+    ends = np.append(starts[1:], len(rows))
+
+    def sequences(chosen: Any) -> np.ndarray:
+        if len(starts) == len(rows):  # one sequence a row
+            return np.asarray(chosen, dtype=np.int64)
+        return np.concatenate([np.arange(starts[i], ends[i]) for i in chosen] or [np.zeros(0, dtype=np.int64)])
+
+    train = np.flatnonzero(~dev)
+    counts = [
+        int(np.count_nonzero((rows[starts[train]] >= span["start"]) & (rows[starts[train]] < span["start"] + span["count"])))
+        for span in made.about["spans"]
+    ]
+    # A tokenised folder keeps no sources: its rows stand as they were made.
+    order = mixing.mix(counts, found, run.seed, run.mixing_temperature) if found else np.arange(len(train))
+    return Chosen(made, sequences(train[order])), Chosen(made, sequences(np.flatnonzero(dev))) if dev.any() else None
 
 
 def _learning_rate(run: Run) -> list[str]:
@@ -120,9 +151,12 @@ def _learning_rate(run: Run) -> list[str]:
     return []
 
 
-def _questions(run: Run, template: Template, rows: Sequence[Any], reading: dict[str, Any], reads: int | None) -> list[Question]:
+def _questions(run: Run, template: Template, reading: dict[str, Any], reads: int | None) -> list[Question]:
     if run.samples is None:
-        usual = [_question("training data", row, template, None, None) for row in rows[:3] if isinstance(row, Conversation)]
+        if STAGES[run.stage.kind].want != "answers" or is_store(run.data[0].path):
+            return []
+        first = islice(data.stream(run.data, want="answers", all_variables=False, registry=run.registry, **reading), 3)
+        usual = [_question("training data", row, template, None, None) for _, row in first]
         return [question for question in usual if reads is None or len(question.ids) < reads]
     made = []
     for probe in run.samples:

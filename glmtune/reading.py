@@ -1,6 +1,6 @@
-"""Files -> rows with their lines: JSON arrays, JSON Lines, objects back to back, CSV and plain text, told apart by content.
+"""Files -> rows with their lines: JSON arrays, JSON Lines, objects back to back, CSV, plain text and Parquet, told apart by content.
 
-Nothing is dropped: what is not a row comes out as `Broken`, with its place.
+Nothing is dropped: what is not a row comes out as `Broken`, with its place. No file is held whole: a window moves over its text.
 """
 
 import csv
@@ -8,25 +8,19 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from glob import glob
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from .errors import UserError, did_you_mean
-
-
-class DataError(UserError):
-    """A row or a file that cannot be used. `kind` is the stable name that `glmtune data check` reports; the message has no place in it."""
-
-    def __init__(self, kind: str, message: str, line: int = 1, column: int | None = None):
-        super().__init__(message)
-        self.kind, self.line, self.column = kind, line, column
+from .blocks import LIMIT, Bytes, DataError, Window, check_is_text, head_of, open_bytes
+from .errors import did_you_mean
 
 
 @dataclass(frozen=True)
 class Item:
-    """One value of a file, before any form is known: `value` stands in `line` as `text[start:end]`."""
+    """One value of a file, before any form is known; it stands in `line`, and in the file's (unpacked) bytes `start` to `end`."""
 
     line: int
     value: Any
@@ -52,165 +46,132 @@ class File:
     """An opened data file: `items` is read once, lazily. `layout` is what `data check --fix` writes again."""
 
     name: str
-    text: str
     layout: Literal["array", "lines", "csv", "text"]
     items: Iterator[Item | Broken]
     notes: tuple[str, ...] = ()
+    path: Path = Path()
+    packing: Literal["", "gzip", "parquet"] = ""
+    _again: list[Bytes] = field(default_factory=list)  # the file, opened anew for `raw`
+
+    def raw(self, item: Item | Broken) -> str:
+        """The row as it is spelled in the file, read again; cheap for rows in file order."""
+        if self.packing == "parquet":
+            assert isinstance(item, Item)
+            return json.dumps(item.value, ensure_ascii=False)
+        if not self._again:
+            self._again.append(open_bytes(self.path, self.packing == "gzip"))
+        self._again[0].seek(item.start)
+        return self._again[0].read(item.end - item.start).decode("utf-8", "surrogateescape")
 
 
-# --- files: bytes -> items with their lines -------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------------------------------
 
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt")
-_MAGIC = {
-    b"\x1f\x8b": "gzip",
-    b"PAR1": "Parquet",
-    b"PK\x03\x04": "zip or Excel",
-    b"%PDF": "PDF",
-    b"SQLite": "SQLite",
-    b"ARROW1": "Arrow",
-}
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet")
+
+
+def suffix_of(name: str) -> str:
+    """`.jsonl` of `a.jsonl` and of `a.jsonl.gz`."""
+    return Path(name.lower().removesuffix(".gz")).suffix
+
+
+def is_data_name(name: str) -> bool:
+    return suffix_of(name) in SUFFIXES and not name.rpartition("/")[2].startswith(".")
 
 
 def find_files(path: str) -> list[tuple[Path, str]]:
-    """The data files behind a path, each with its name for messages; a directory gives its own data files in sorted order."""
+    """The data files behind a path, each with its name for messages. A directory, or a pattern such as `data/*.jsonl`, gives
+    data files in sorted order."""
     found = Path(path).expanduser()
     if not found.exists():
+        if re.search(r"[*?\[]", path):
+            return _matching(path)
         raise DataError("missing-file", f"the data file '{path}' is not there{_near_names(found)}")
     if not found.is_dir():
         return [(found, path)]
-    files = sorted(
-        entry for entry in found.iterdir() if entry.suffix.lower() in SUFFIXES and entry.is_file() and entry.name[0] != "."
-    )
+    files = sorted(entry for entry in found.iterdir() if is_data_name(entry.name) and entry.is_file())
     if not files:
-        raise DataError("missing-file", f"the folder '{path}' has no data files ({', '.join(SUFFIXES)})")
+        raise DataError("missing-file", f"the folder '{path}' has no data files ({', '.join(SUFFIXES)}, also .gz)")
     return [(entry, f"{path.rstrip('/')}/{entry.name}") for entry in files]
 
 
-def open_file(path: Path, name: str, is_row: Callable[[dict[str, Any]], bool] = lambda value: False) -> File:
-    """Opens a data file by its content: a JSON array, objects one a line or back to back, CSV or TSV, plain text.
-
-    is_row: whether an object that is a whole file is itself a row, and not a wrapper around a list of rows.
-    Raises DataError for what cannot be read at all: an empty or binary file, an encoding other than UTF-8.
-    """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError("missing-file", f"the data file '{name}' cannot be read: {error.strerror}") from error
-    text, bad_bytes, notes = _decode(data, name)
-    start = _skip(text, 0)
-    if start == len(text):
-        raise DataError("empty-file", "the file is empty")
-    layout, items, more = _layout(text, start, Path(name).suffix.lower(), is_row)
-    if bad_bytes:
-        items = _refuse_bad_bytes(items, text)
-    return File(name, text, layout, items, tuple(notes + more))
+def _matching(pattern: str) -> list[tuple[Path, str]]:
+    names = sorted(glob(str(Path(pattern).expanduser()), recursive=True))
+    files = [name for name in names if is_data_name(name) and Path(name).is_file()]
+    if not files:
+        what = f"only {some([Path(name).name for name in names])}" if names else "nothing"
+        raise DataError("missing-file", f"'{pattern}' matches no data file ({', '.join(SUFFIXES)}, also .gz); it matches {what}")
+    return [(Path(name), name) for name in files]
 
 
 def _near_names(missing: Path) -> str:
     if not missing.parent.is_dir():
         return f"; there is no folder '{missing.parent}'"
-    names = sorted(entry.name for entry in missing.parent.iterdir() if entry.suffix.lower() in SUFFIXES or entry.is_dir())
+    names = sorted(entry.name for entry in missing.parent.iterdir() if is_data_name(entry.name) or entry.is_dir())
     near = [name for name in names if did_you_mean(missing.stem, [Path(name).stem])]  # '.json' alone makes no two names alike
     return did_you_mean(missing.name, near) or (f"; that folder has {some(names)}" if names else "; that folder has no data files")
 
 
-def _decode(data: bytes, name: str) -> tuple[str, bool, list[str]]:
-    """UTF-8 text, whether single bytes in it are not UTF-8 (kept as lone surrogates), and notes."""
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or _every_other_byte_is_nul(data):
-        raise DataError("encoding-damage", "this is UTF-16, not UTF-8" + _iconv("UTF-16", name))
-    for magic, what in _MAGIC.items():
-        if data.startswith(magic):
-            raise DataError("binary-file", f"this is a binary file ({what}), not text; unpack or convert it to JSON Lines first")
-    head = data[:8192]
-    if sum(byte < 9 or 13 < byte < 32 for byte in head) > len(head) / 50:
-        raise DataError("binary-file", "this is a binary file, not text (JSON, JSON Lines, CSV or plain text)")
-    notes = []
-    if data.startswith(b"\xef\xbb\xbf"):
-        notes.append(f"{name}: starts with a byte order mark (BOM), which is ignored")
-        data = data[3:]
-    try:
-        return data.decode("utf-8"), False, notes
-    except UnicodeDecodeError as error:
-        text = data.decode("utf-8", "surrogateescape")
-        _refuse_other_encoding(data, text, error.start, name)
-        return text, True, notes
+def open_file(path: Path, name: str, is_row: Callable[[dict[str, Any]], bool] = lambda value: False, limit: int = LIMIT) -> File:
+    """Opens a data file by its content: a JSON array, objects one a line or back to back, CSV or TSV, plain text, Parquet; also
+    packed with gzip.
+
+    is_row: whether an object that is a whole file is itself a row, and not a wrapper around a list of rows.
+    limit: characters of the longest row; a longer one is an error. Raises DataError for what cannot be read at all: an empty or
+    binary file, an encoding other than UTF-8.
+    """
+    head, packed = head_of(path, name)
+    if head.startswith(b"PAR1"):
+        return File(name, "lines", _parquet_items(path), path=path, packing="parquet")
+    check_is_text(head, name)
+    window = Window(path, packed, limit)
+    notes = [f"{name}: starts with a byte order mark (BOM), which is ignored"] if window.has_mark else []
+    start = window.skip(0)
+    if start == len(window.text):
+        raise DataError("empty-file", "the file is empty")
+    layout, items, more = _layout(window, lambda: Window(path, packed, limit), start, suffix_of(name), is_row)
+    return File(name, layout, items, tuple(notes + more), path, "gzip" if packed else "")
 
 
-def _every_other_byte_is_nul(data: bytes) -> bool:
-    head = data[:512]
-    return len(head) > 3 and max(head[0::2].count(0), head[1::2].count(0)) > len(head) / 4
+_Layout = tuple[Any, Iterator[Item | Broken], list[str]]
 
 
-def _refuse_other_encoding(data: bytes, text: str, first: int, name: str) -> None:
-    """A file of another encoding is one error; a few bad lines in a UTF-8 file are errors of those rows."""
-    lines = [line for line in text.split("\n") if line.strip()]
-    foreign = [line for line in lines if not line.isascii()]
-    bad = sum(1 for line in foreign if _BAD_BYTES.search(line))
-    if bad * 2 <= len(foreign) or bad * 10 <= len(lines):
-        return
-    line = data.count(b"\n", 0, first) + 1
-    try:
-        data.decode("gb18030")
-        guess = "GB18030"
-    except UnicodeDecodeError:
-        guess = "LATIN1"
-    kind = "GBK" if guess == "GB18030" else "another encoding"
-    message = f"byte 0x{data[first]:02x} is not UTF-8; the file looks like {kind}"
-    raise DataError("encoding-damage", message + _iconv(guess, name), line)
-
-
-_BAD_BYTES = re.compile("[\udc80-\udcff]")
-
-
-def _iconv(encoding: str, name: str) -> str:
-    return f"; convert it: iconv -f {encoding} -t UTF-8 {Path(name).name} > utf8-{Path(name).name}"
-
-
-def _refuse_bad_bytes(items: Iterator[Item | Broken], text: str) -> Iterator[Item | Broken]:
-    for item in items:
-        if isinstance(item, Item) and _holds_bad_bytes(item, text):
-            message = "the row has bytes that are not UTF-8 (GBK or Latin-1?); write them as UTF-8"
-            yield Broken(item.line, None, message, item.start, item.end, "encoding-damage")
-        else:
-            yield item
-
-
-def _holds_bad_bytes(item: Item, text: str) -> bool:
-    return _BAD_BYTES.search(text, item.start, item.end) is not None
-
-
-def _layout(text: str, start: int, suffix: str, is_row: Callable) -> tuple[Any, Iterator[Item | Broken], list[str]]:
+def _layout(window: Window, again: Callable[[], Window], start: int, suffix: str, is_row: Callable) -> _Layout:
     """Content decides; the suffix only tells CSV from plain text, and what a file was meant to be when it is neither."""
-    looks_like_json = text[start] in "[{" and (suffix not in (".csv", ".tsv", ".txt") or _starts_with_object(text, start))
-    if looks_like_json and text[start] == "[":
-        return "array", _array_items(text, start, _Ruler(text)), []
+    first = window.text[start]
+    looks_like_json = first in "[{" and (suffix not in (".csv", ".tsv", ".txt") or _starts_with_object(window, start))
+    if looks_like_json and first == "[":
+        return "array", _array_items(window, start), []
     if looks_like_json:
-        return _objects(text, start, is_row)
+        return _objects(window, again, start, is_row)
     if suffix in (".csv", ".tsv"):
-        return "csv", _csv_items(text, suffix), []
+        return "csv", _csv_items(window, suffix), []
     if suffix in (".json", ".jsonl", ".ndjson"):
-        if not _has_json_lines(text):
-            line, column = _Ruler(text).place(start)
-            message = f"expected '[' or '{{' (JSON), got {_excerpt(text, start)}; CSV needs the suffix .csv, plain text .txt"
+        if re.search(r"^\s*\{", window.text, re.MULTILINE) is None:
+            line, column = window.place(start)
+            message = f"expected '[' or '{{' (JSON), got {window.excerpt(start)}; CSV needs the suffix .csv, plain text .txt"
             raise DataError("malformed-json", message, line, column)
-        return _objects(text, start, is_row)
-    return _text_items(text)
+        return _objects(window, again, start, is_row)
+    return _text_items(window)
 
 
-def _starts_with_object(text: str, start: int) -> bool:
-    if text[start] == "[":
-        start = _skip(text, start + 1)
+def _starts_with_object(window: Window, start: int) -> bool:
+    if window.text[start] == "[":
+        start = window.skip(start + 1)
     try:
-        return isinstance(_DECODER.raw_decode(text, start)[0], dict)
+        return isinstance(_decode(window, start)[0], dict)
     except (ValueError, RecursionError):
         return False
 
 
-def _has_json_lines(text: str) -> bool:
-    return re.search(r"^\s*\{", text, re.MULTILINE) is not None
+def _item(window: Window, line: int, value: Any, start: int, end: int) -> Item | Broken:
+    first, last = window.byte(start), window.byte(end)
+    if window.matches_bad_bytes(start, end):
+        message = "the row has bytes that are not UTF-8 (GBK or Latin-1?); write them as UTF-8"
+        return Broken(line, None, message, first, last, "encoding-damage")
+    return Item(line, value, first, last)
 
 
-# --- files: JSON ----------------------------------------------------------------------------------------------------------
+# --- JSON -----------------------------------------------------------------------------------------------------------------
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -227,7 +188,7 @@ class _TwiceError(ValueError):
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 _LENIENT = json.JSONDecoder()
-_BLANK = re.compile(r"[ \t\r\n]*")
+_Until = Literal["line", "array", "file"]
 _SAID = {
     "Expecting ',' delimiter": "expected ','",
     "Expecting ':' delimiter": "expected ':'",
@@ -242,167 +203,229 @@ _SAID = {
 }
 
 
-class _Ruler:
-    """Line and column of a position. Counts only from the last position asked for, so one pass over a file is linear."""
-
-    def __init__(self, text: str):
-        self.text, self.position, self.line_there = text, 0, 1
-
-    def line(self, position: int) -> int:
-        near, far = sorted((self.position, position))
-        count = self.text.count("\n", near, far)
-        self.line_there += count if position >= self.position else -count
-        self.position = position
-        return self.line_there
-
-    def place(self, position: int) -> tuple[int, int]:
-        return self.line(position), position - self.text.rfind("\n", 0, position)
+def _decode(window: Window, start: int, decoder: json.JSONDecoder = _LENIENT) -> tuple[Any, int]:
+    """The value at `start` and where it ends; takes more text where the window may end within it."""
+    while True:
+        try:
+            value, end = decoder.raw_decode(window.text, start)
+            if end < len(window.text) or isinstance(value, dict | list) or not window.more(start):  # 12 may go on as 123
+                return value, end
+        except json.JSONDecodeError as error:
+            cut = error.msg.startswith("Unterminated") or error.pos > len(window.text) - 16  # in the middle of a word or escape
+            if not (cut and window.more(start)):
+                raise
 
 
-def _skip(text: str, position: int) -> int:
-    match = _BLANK.match(text, position)
-    return match.end() if match else position
-
-
-def _excerpt(text: str, position: int) -> str:
-    piece = text[position : position + 24].split("\n")[0].rstrip()
-    piece = "".join(character if character.isprintable() else f"\\u{ord(character):04x}" for character in piece)
-    return f"'{piece}'" if piece else ("the end of the line" if position < len(text) else "the end of the file")
-
-
-def _array_items(text: str, start: int, ruler: _Ruler) -> Iterator[Item | Broken]:
+def _array_items(window: Window, start: int, wrapped: bool = False) -> Iterator[Item | Broken]:
     """The elements of the array that opens at `start`; goes on after every broken one."""
     opening_keys: set[str] = set()
-    closing = len(text.rstrip()) - 1
-    stop = closing if text[closing] == "]" else len(text)
     position, before = start + 1, "["
     while True:
-        position = _skip(text, position)
-        if position == len(text):
-            yield _broken(ruler, position, position, "the file ends inside the array: expected ']'", lost=False)
+        position = window.skip(window.advance(position))
+        if position == len(window.text):
+            yield _broken(window, position, position, "the file ends inside the array: expected ']'", lost=False)
             return
-        mark = text[position]
+        mark = window.text[position]
         if mark == "]":
             if before == ",":
-                yield _broken(ruler, position, position, "a comma before ']'", lost=False)
-            yield from _after_array(text, position + 1, ruler)
+                yield _broken(window, position, position, "a comma before ']'", lost=False)
+            if not wrapped:
+                yield from _after_array(window, position + 1)
             return
         if mark == ",":
             if before != "row":
-                yield _broken(ruler, position, position, "expected a row, got ','", lost=False)
+                yield _broken(window, position, position, "expected a row, got ','", lost=False)
             position, before = position + 1, ","
             continue
         if before == "row":
-            message = f"expected ','{_after_line(ruler, position)} between two rows, got {_excerpt(text, position)}"
-            yield _broken(ruler, position, position, message, lost=False)
-        item, position = _decode_row(text, position, ruler, opening_keys, stop)
+            message = f"expected ','{_after_line(window, position)} between two rows, got {window.excerpt(position)}"
+            yield _broken(window, position, position, message, lost=False)
+        item, position = _decode_row(window, position, opening_keys, "array")
         yield item
         before = "broken" if isinstance(item, Broken) and item.kind == "malformed-json" else "row"
-        if before == "broken" and position == len(text):
+        if before == "broken" and position == len(window.text) and window.ended:
             return
 
 
-def _after_array(text: str, position: int, ruler: _Ruler) -> Iterator[Item | Broken]:
-    position = _skip(text, position)
-    if position == len(text):
+def _after_array(window: Window, position: int) -> Iterator[Item | Broken]:
+    position = window.skip(position)
+    if position == len(window.text):
         return
-    more = text[position] == "["
-    message = f"expected the end of the file after ']', got {_excerpt(text, position)}" + (" (two arrays?)" if more else "")
-    yield _broken(ruler, position, len(text), message, lost=not more)
+    more = window.text[position] == "["
+    message = f"expected the end of the file after ']', got {window.excerpt(position)}" + (" (two arrays?)" if more else "")
+    yield _broken(window, position, len(window.text), message, lost=not more)
     if more:
-        yield from _array_items(text, position, ruler)
+        yield from _array_items(window, position)
 
 
-def _objects(text: str, start: int, is_row: Callable) -> tuple[Any, Iterator[Item | Broken], list[str]]:
-    wrapped = _wrapped_list(text, start, is_row)
+def _objects(window: Window, again: Callable[[], Window], start: int, is_row: Callable) -> _Layout:
+    wrapped = _wrapped_list(again(), is_row)
     if wrapped is None:
-        return "lines", _object_items(text, start, _Ruler(text)), []
-    key, position, end = wrapped
-    return "array", _array_items(text[:end], position, _Ruler(text)), [f"the rows are the list under the key '{key}'"]
+        return "lines", _object_items(window, start), []
+    return "array", _items_under(again(), wrapped), [f"the rows are the list under the key '{wrapped}'"]
 
 
-def _wrapped_list(text: str, start: int, is_row: Callable) -> tuple[str, int, int] | None:
-    """`{"data": [{...}, ...]}`: key, start and end of the one list of objects in a file that is one object and not itself a row."""
+def _wrapped_list(window: Window, is_row: Callable) -> str | None:
+    """`{"data": [{...}, ...]}`: the key of the one list of objects in a file that is one object and not itself a row."""
+    value: dict[str, Any] = {}
     try:
-        value, end = _LENIENT.raw_decode(text, start)
+        for key, position in _entries(window):
+            value[key] = _beginning(window, position)
     except (ValueError, RecursionError):
         return None
-    if _skip(text, end) < len(text) or not isinstance(value, dict) or is_row(value):
-        return None
     lists = [key for key, rows in value.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
-    if len(lists) != 1 or {"role", "from"} & value[lists[0]][0].keys():  # a list of messages is a row's, not a file's
+    if is_row(value) or len(lists) != 1 or {"role", "from"} & value[lists[0]][0].keys():  # a list of messages is a row's
         return None
-    position = _skip(text, start + 1)
-    while True:  # the object is known to be well formed
-        key, position = _LENIENT.raw_decode(text, position)
-        position = _skip(text, _skip(text, position) + 1)
-        _, end = _LENIENT.raw_decode(text, position)
-        if key == lists[0]:
-            return key, position, end
-        position = _skip(text, _skip(text, end) + 1)
+    return lists[0]
 
 
-def _object_items(text: str, position: int, ruler: _Ruler) -> Iterator[Item | Broken]:
+def _items_under(window: Window, wanted: str) -> Iterator[Item | Broken]:
+    for key, position in _entries(window):
+        if key == wanted:
+            yield from _array_items(window, position, wrapped=True)
+            return
+
+
+def _entries(window: Window) -> Iterator[tuple[str, int]]:
+    """The keys of the object that a file is, each with where its value begins. Raises ValueError where it is broken or not all."""
+    position = _past_mark(window, 0, "{")
+    while True:
+        key, position = _decode(window, window.skip(window.advance(position)))
+        if not isinstance(key, str):
+            raise ValueError
+        position = window.skip(_past_mark(window, position, ":"))
+        yield key, position
+        position = window.skip(_past_value(window, position))
+        if window.text.startswith("}", position):
+            break
+        position = _past_mark(window, position, ",")
+    if window.skip(position + 1) < len(window.text):
+        raise ValueError
+
+
+def _beginning(window: Window, position: int) -> Any:
+    """The value at `position`; of a list only its first element."""
+    if not window.text.startswith("[", position):
+        return _decode(window, position)[0]
+    position = window.skip(position + 1)
+    return [] if window.text.startswith("]", position) else [_decode(window, position)[0]]
+
+
+def _past_value(window: Window, position: int) -> int:
+    """Where the value at `position` ends; a list is passed element by element."""
+    if not window.text.startswith("[", position):
+        return _decode(window, position)[1]
+    position = window.skip(position + 1)
+    if window.text.startswith("]", position):
+        return position + 1
+    while True:
+        _, position = _decode(window, window.skip(window.advance(position)))
+        position = window.skip(position)
+        if window.text.startswith("]", position):
+            return position + 1
+        position = _past_mark(window, position, ",")
+
+
+def _past_mark(window: Window, position: int, mark: str) -> int:
+    position = window.skip(position)
+    if not window.text.startswith(mark, position):
+        raise ValueError
+    return position + 1
+
+
+def _object_items(window: Window, position: int) -> Iterator[Item | Broken]:
     """Objects back to back, blank space between them or none; one a line is the usual case."""
-    one_per_line = _is_one_per_line(text)
+    until = "line" if _is_one_per_line(window) else "file"
     opening_keys: set[str] = set()
     commas = False
-    while (position := _skip(text, position)) < len(text):
-        if text[position] == "," or (commas and text[position] == "]"):
+    while True:
+        position = window.skip(window.advance(position))
+        if position == len(window.text):
+            return
+        if window.text[position] == "," or (commas and window.text[position] == "]"):
             if not commas:
                 message = "rows are separated by ',', but there is no '[' before the first; or take out the commas"
-                yield _broken(ruler, position, position, message, lost=False)
+                yield _broken(window, position, position, message, lost=False)
             position, commas = position + 1, True
             continue
-        line_end = text.find("\n", position) if one_per_line else -1
-        stop = line_end + 1 if line_end >= 0 else len(text)
-        item, position = _decode_row(text, position, ruler, opening_keys, stop)
+        item, position = _decode_row(window, position, opening_keys, until)
         yield item
 
 
-def _is_one_per_line(text: str) -> bool:
-    opened = list(islice(re.finditer(r"^[ \t]*\{[^\n]*", text, re.MULTILINE), 1000))
-    return sum(line[0].rstrip().endswith("}") for line in opened) * 2 >= len(opened)
+def _is_one_per_line(window: Window) -> bool:
+    opened = list(islice(re.finditer(r"^[ \t]*\{[^\n]*", window.text, re.MULTILINE), 1000))
+    whole = [line[0].rstrip() for line in opened if line.end() < len(window.text) or window.ended]
+    return sum(line.endswith("}") for line in whole) * 2 >= len(whole)
 
 
-def _decode_row(text: str, start: int, ruler: _Ruler, opening_keys: set[str], stop: int) -> tuple[Item | Broken, int]:
-    """The row that starts at `start`, and where the next one may start. A broken row ends at `stop` at the latest."""
-    line = ruler.line(start)
-    first = _OPENING_KEY.match(text, start)
-    if first:
+def _decode_row(window: Window, start: int, opening_keys: set[str], until: _Until) -> tuple[Item | Broken, int]:
+    """The row that starts at `start`, and where the next one may start; a broken row ends with its line, the array or the file."""
+    line, decoder, twice = window.line(start), _DECODER, ""
+    value, end, error = None, start, None
+    while True:
+        try:
+            value, end = _decode(window, start, decoder)
+        except _TwiceError as found:
+            decoder, twice = _LENIENT, str(found)
+            continue
+        except RecursionError:
+            error = json.JSONDecodeError("nested too deep", window.text, start)
+        except (json.JSONDecodeError, DataError) as found:
+            if isinstance(found, DataError):
+                raise
+            error = found
+        except ValueError as found:  # an integer of thousands of digits
+            error = json.JSONDecodeError(str(found).split(";")[0], window.text, start)
+        break
+    first = _OPENING_KEY.match(window.text, start)
+    if first and len(opening_keys) < 1000:
         opening_keys.add(first[1])
-    try:
-        value, end = _DECODER.raw_decode(text, start)
-        return Item(line, value, start, end), end
-    except _TwiceError as error:
-        end = _LENIENT.raw_decode(text, start)[1]
-        message = f"the key '{error}' stands twice in one object"
-        return Broken(line, None, message, start, end, "duplicate-key"), end
-    except RecursionError:
-        error = json.JSONDecodeError("nested too deep", text, start)
-    except json.JSONDecodeError as caught:
-        error = caught
-    except ValueError as caught:  # an integer of thousands of digits
-        error = json.JSONDecodeError(str(caught).split(";")[0], text, start)
-    end = _next_row(text, start, opening_keys, stop)
-    return _broken_row(text, start, end, error, ruler), end
+    if error is not None:
+        try:
+            end = _next_row(window, start, opening_keys, until)
+        except DataError as far:  # nothing to go on with
+            broken = _broken_row(window, start, len(window.text), error)
+            raise DataError(far.kind, f"{broken.message}; and {far}", broken.line, broken.column) from None
+        return _broken_row(window, start, end, error), end
+    if twice:
+        message = f"the key '{twice}' stands twice in one object"
+        return Broken(line, None, message, window.byte(start), window.byte(end), "duplicate-key"), end
+    return _item(window, line, value, start, end), end
 
 
 _OPENING_KEY = re.compile(r'\{\s*("(?:[^"\\]|\\.)*")\s*:')
 
 
-def _next_row(text: str, start: int, opening_keys: set[str], stop: int) -> int:
-    """Where reading goes on after a broken row: at the next object that opens with a key that rows open with, or at `stop`."""
-    if text[start] != "{" and 0 < (line_end := text.find("\n", start)) < stop:
-        stop = line_end + 1  # not an object at all: every line of it is told
+def _next_row(window: Window, start: int, opening_keys: set[str], until: _Until) -> int:
+    """Where reading goes on after a broken row: at the next object that opens with a key that rows open with; else where it
+    must end at the latest, which for what is no object at all is its line."""
+    line_end = window.line_end(start) if until == "line" or window.text[start] != "{" else None
+    if line_end is not None:
+        window.skip(line_end)  # so that the file's end is known where nothing follows
     keys = "|".join(map(re.escape, sorted(opening_keys)))
-    pattern = r"\{\s*(?:" + keys + r")\s*:" if keys else r"(?<=\n)\{"
-    match = re.compile(pattern).search(text, start + 1, stop)
-    return match.start() if match else stop
+    pattern = re.compile(r"\{\s*(?:" + keys + r")\s*:" if keys else r"(?<=\n)\{")
+    while True:
+        stop = _before_closing(window.text) if until == "array" and window.ended else len(window.text)
+        stop = stop if line_end is None else min(stop, line_end)
+        match = pattern.search(window.text, start + 1, stop)
+        if match or line_end is not None or not window.more(start):
+            return match.start() if match else max(stop, start + 1)
 
 
-def _broken_row(text: str, start: int, end: int, error: json.JSONDecodeError, ruler: _Ruler) -> Broken:
-    position, message = error.pos, _SAID.get(error.msg, error.msg.lower())
+def _before_closing(text: str) -> int:
+    last = _last_filled(text, len(text)) - 1
+    return last if text[last] == "]" else len(text)
+
+
+def _last_filled(text: str, position: int) -> int:
+    """Where the blank space before `position` begins."""
+    while position and text[position - 1].isspace():
+        position -= 1
+    return position
+
+
+def _broken_row(window: Window, start: int, end: int, error: json.JSONDecodeError) -> Broken:
+    text, position, message = window.text, error.pos, _SAID.get(error.msg, error.msg.lower())
     row = text[start:end].rstrip().rstrip(",").rstrip()
     if position >= end and error.msg.startswith(("Unterminated", "Invalid control")):  # the string ran on into the next row
         position, message = start + len(row), "a string does not end"
@@ -413,61 +436,59 @@ def _broken_row(text: str, start: int, end: int, error: json.JSONDecodeError, ru
     elif error.msg.startswith("Expecting property") and text[position] == "}":
         message = "a comma before '}'"
     elif message.startswith("expected"):
-        after = _after_line(ruler, position) if message == "expected ','" else ""
-        message += f"{after}, got {_excerpt(text, position)}"
+        after = _after_line(window, position) if message == "expected ','" else ""
+        message += f"{after}, got {window.excerpt(position)}"
     else:
-        message += f": {_excerpt(text, position)}"
-    opened, (line, column) = ruler.line(start), ruler.place(position)
+        message += f": {window.excerpt(position)}"
+    opened, (line, column) = window.line(start), window.place(position)
     if line != opened:
         message += f" (in the row that starts in line {opened})"
     if "\n" in text[position:end].rstrip() and "{" in text[position:end]:
         message += "; what follows could not be read"
-    return Broken(line, column, message, start, end)
+    return Broken(line, column, message, window.byte(start), window.byte(end))
 
 
-def _after_line(ruler: _Ruler, position: int) -> str:
+def _after_line(window: Window, position: int) -> str:
     """A missing comma is noticed at the next token, often a line later; the line to mend is the one before."""
-    before = len(ruler.text[:position].rstrip()) if ruler.text[position - 1 : position].isspace() else position
-    line = ruler.line(before)
-    return f" after line {line}" if ruler.line(position) != line else ""
+    line = window.line(_last_filled(window.text, position))
+    return f" after line {line}" if window.line(position) != line else ""
 
 
-def _broken(ruler: _Ruler, position: int, end: int, message: str, *, lost: bool) -> Broken:
-    line, column = ruler.place(position)
-    return Broken(line, column, message, position, end, lost=lost)
+def _broken(window: Window, position: int, end: int, message: str, *, lost: bool) -> Broken:
+    line, column = window.place(position)
+    return Broken(line, column, message, window.byte(position), window.byte(end), lost=lost)
 
 
-# --- files: CSV and plain text --------------------------------------------------------------------------------------------
+# --- CSV, plain text, Parquet ---------------------------------------------------------------------------------------------
 
 
-def _csv_items(text: str, suffix: str) -> Iterator[Item | Broken]:
+def _csv_items(window: Window, suffix: str) -> Iterator[Item | Broken]:
     """Records with a header; texts in quotes may hold line breaks. After a broken record reading goes on at the next line."""
     csv.field_size_limit(2**31 - 1)
-    lines = [line + "\n" for line in text.split("\n")]
-    starts = [0]
-    for line in lines:
-        starts.append(starts[-1] + len(line))
-    head = lines[0]
+    head = window.text[: window.line_end(0)]
     delimiter = "\t" if suffix == ".tsv" or ("\t" in head and "," not in head) else ";" if ";" in head and "," not in head else ","
     header: list[str] | None = None
-    index = 0
-    while index < len(lines):
-        reader = csv.reader(islice(lines, index, None), delimiter=delimiter, strict=True)
-        base = index
+    start = at = 0  # where the record that is read begins, and where its next line does
+
+    def lines() -> Iterator[str]:
+        nonlocal at
+        while at < len(window.text) or window.more(start):
+            begin, at = at, window.line_end(at, start)
+            yield window.text[begin:at].removesuffix("\n") + "\n"
+
+    while at < len(window.text) or window.more(start):
         try:
-            for fields in reader:
-                here, index = index, base + reader.line_num
-                if not fields:
-                    continue
-                if header is None:
+            for fields in csv.reader(lines(), delimiter=delimiter, strict=True):
+                if fields and header is None:
                     header = _csv_header(fields)
-                    continue
-                end = min(starts[index], len(text))
-                yield _csv_item(header, fields, here + 1, starts[here], end)
+                elif fields and header is not None:
+                    yield _csv_item(window, header, fields, start, at)
+                start = at = window.advance(at)
         except csv.Error as error:
-            end = min(starts[index + 1], len(text))
-            yield Broken(index + 1, None, f"broken CSV: {error} (is a quote missing?)", starts[index], end, "malformed-row")
-            index += 1
+            at = window.line_end(start)
+            message = f"broken CSV: {error} (is a quote missing?)"
+            yield Broken(window.line(start), None, message, window.byte(start), window.byte(at), "malformed-row")
+            start = at = window.advance(at)
 
 
 def _csv_header(fields: list[str]) -> list[str]:
@@ -478,23 +499,61 @@ def _csv_header(fields: list[str]) -> list[str]:
     return names
 
 
-def _csv_item(header: list[str], fields: list[str], line: int, start: int, end: int) -> Item | Broken:
+def _csv_item(window: Window, header: list[str], fields: list[str], start: int, end: int) -> Item | Broken:
+    line = window.line(start)
     if len(fields) == len(header):
-        return Item(line, dict(zip(header, fields, strict=True)), start, end)
+        return _item(window, line, dict(zip(header, fields, strict=True)), start, end)
     message = f"the row has {len(fields)} fields, the header has {len(header)} (a text with a separator in it needs double quotes)"
-    return Broken(line, None, message, start, end, "malformed-row")
+    return Broken(line, None, message, window.byte(start), window.byte(end), "malformed-row")
 
 
-def _text_items(text: str) -> tuple[Any, Iterator[Item | Broken], list[str]]:
+def _text_items(window: Window) -> _Layout:
     """One document a line; where blank lines stand between texts, they separate documents and single line breaks are kept."""
-    by_blank_lines = re.search(r"\n[ \t\r]*\n", text.strip()) is not None
-    pattern = r"\S[^\n]*(?:\n[ \t\r]*\S[^\n]*)*" if by_blank_lines else r"\S[^\n]*"
-    ruler = _Ruler(text)
-    items = (
-        Item(ruler.line(match.start()), {"text": match[0].replace("\r\n", "\n").rstrip()}, match.start(), match.end())
-        for match in re.finditer(pattern, text)
-    )
-    return "text", items, ["documents are separated by blank lines" if by_blank_lines else "every line is a document"]
+    by_blank_lines = re.search(r"\n[ \t\r]*\n", window.text.strip()) is not None
+    pattern = re.compile(r"\S[^\n]*(?:\n[ \t\r]*\S[^\n]*)*" if by_blank_lines else r"\S[^\n]*")
+    filled = re.compile(r"\S")
+
+    def items() -> Iterator[Item | Broken]:
+        position = 0
+        while True:
+            position = window.advance(position)
+            match = pattern.search(window.text, position)
+            if match is None:
+                position = len(window.text)
+                if not window.more(position):
+                    return
+            elif filled.search(window.text, match.end()) or not window.more(match.start()):  # else it may go on
+                value = {"text": match[0].replace("\r\n", "\n").rstrip()}
+                yield _item(window, window.line(match.start()), value, match.start(), match.end())
+                position = match.end()
+
+    return "text", items(), ["documents are separated by blank lines" if by_blank_lines else "every line is a document"]
+
+
+def _parquet_items(path: Path) -> Iterator[Item | Broken]:
+    """Rows by their number. Parquet knows no missing keys: one that is null is left out."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise DataError("binary-file", 'Parquet files need pyarrow: pip install "glmtune[parquet]"') from None
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as table:
+            for batch in table.iter_batches(batch_size=256):
+                for number, row in enumerate(batch.to_pylist(), number + 1):  # noqa: B020
+                    yield Item(number, _without_nulls(row), number - 1, number)
+    except pyarrow.ArrowException as error:
+        message = f"this is a binary file (Parquet) that cannot be read: {str(error).splitlines()[0]}"
+        raise DataError("binary-file", message, number + 1) from None
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_without_nulls(inner) for inner in value]
+    return value if isinstance(value, str | int | float | None) else str(value)  # dates, decimals, bytes
 
 
 def some(names: Sequence[str], limit: int = 8) -> str:

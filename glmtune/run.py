@@ -5,6 +5,7 @@ gets that group only; nothing but this file sees all options together.
 """
 
 from collections.abc import Iterable
+from glob import glob
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +22,9 @@ Positive = Annotated[int, Field(gt=0)]
 class Source(Options):
     """Where rows come from."""
 
-    path: str = Field(description="a file (JSON, JSONL, CSV, txt; content decides, not the suffix) or a folder of such files")
+    path: str = Field(
+        description="a file (JSON, JSONL, CSV, txt, Parquet, also .gz; content decides), a folder or a pattern of such files, the name of a data set, or hf:owner/name, modelscope:owner/name"
+    )
     format: str | None = Field(
         default=None, description="the rows' form (alpaca, context, messages, sharegpt, text ...); null: recognised from their keys"
     )
@@ -29,8 +32,20 @@ class Source(Options):
     weight: float = Field(
         default=1.0, gt=0, description="passes over this source per epoch: 2 reads every row twice, 0.5 half of them"
     )
+    share: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="instead of weight: this share of all rows of an epoch, by repeating this source or taking a part of it",
+    )
     max_samples: Positive | None = Field(default=None, description="use the first n rows only")
     system: str | None = Field(default=None, description="system prompt of rows that have none of their own")
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> "Source":
+        if self.share is not None and self.weight != 1:
+            raise ValueError("weight and share exclude each other; give one")
+        return self
 
 
 class Eval(Options):
@@ -38,9 +53,18 @@ class Eval(Options):
 
     data: list[Source] | None = Field(default=None, description="rows to evaluate on")
     share: float = Field(
-        default=0.0, ge=0, lt=1, description="instead of data: this share of the training rows, chosen by their content"
+        default=0.0,
+        ge=0,
+        description="instead of data: this share of the training rows (1 or more: so many), chosen by their content",
     )
     every_steps: Positive | None = Field(default=None, description="evaluate every n steps; null: at each epoch's end")
+
+    @field_validator("share")
+    @classmethod
+    def _whole_rows(cls, share: float) -> float:
+        if share > 1 and share != int(share):
+            raise ValueError(f"below 1 it is a share of the rows, otherwise a whole number of them; got {share:g}")
+        return share
 
 
 class Probe(Options):
@@ -164,6 +188,12 @@ class Run(Options):
     )
     data: list[Source] = Field(description="what to learn from: a path, a list of paths, or a list of groups")
     out: str = Field(description="the run's folder: adapter, log, samples, report, checkpoints")
+    registry: str | None = Field(
+        default=None, description="a data.yaml or dataset_info.json that names data sets; null: data.yaml here, if there is one"
+    )
+    mixing_temperature: float = Field(
+        default=1.0, ge=1, description="above 1 brings the sizes of the sources nearer to each other: size^(1/T)"
+    )
     eval: Eval = Eval()
     samples: list[Probe] | None = Field(
         default=None, description="questions answered before and after training; null: three rows of the data, []: none"
@@ -268,4 +298,5 @@ def _sources(value: Any, folder: Path) -> Any:
 def _near(path: str, folder: Path) -> str:
     """A path that is not there from here but lies beside the run file is meant relative to the run file."""
     found = folder / path
-    return str(found) if not Path(path).expanduser().exists() and found.exists() else path
+    there = found.exists() or ("*" in path and any(glob(str(found), recursive=True)))
+    return str(found) if not Path(path).expanduser().exists() and there else path

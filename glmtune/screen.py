@@ -2,12 +2,14 @@
 
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -69,7 +71,7 @@ def print_plan(made: Plan) -> None:
     )
     for note in made.notes:
         console.print(Text(note, "yellow" if note.startswith("warning") else ""))
-    learned = sum(example.num_learned for example in made.examples)
+    learned = made.examples.num_learned
     total = sum(made.lengths)
     console.print(
         f"{len(made.examples)} sequences, {total} tokens, {learned} of them learned ({100 * learned / total:.0f} %); lengths {histogram(made.lengths)}"
@@ -139,6 +141,18 @@ class Terminal(Screen):
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+
+@contextmanager
+def counting(what: str) -> Iterator[Callable[[int], None]]:
+    """A live count with its rate, where the end is not known before; nothing in a pipe. The function is told the count so far."""
+    if not console.is_terminal:
+        yield lambda count: None
+        return
+    columns = (TextColumn("{task.completed:,} " + what), TextColumn("{task.fields[rate]:,.0f}/s"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task, began = bar.add_task(what, total=None, rate=0.0), time.monotonic()
+        yield lambda count: bar.update(task, completed=count, rate=count / max(1e-3, time.monotonic() - began))
 
 
 def print_report(report: Report, limit: int = 3) -> None:

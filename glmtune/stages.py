@@ -4,7 +4,7 @@ A stage is a small object of functions; `train.py` runs one loop for all of them
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,60 +29,70 @@ class Limits:
 
 
 @dataclass
-class Encoded:
-    """Training sequences, and what was done to rows on the way. `counts` says it in words; nothing happens that is not counted."""
+class Tally:
+    """What was done to rows on the way to sequences; nothing happens that is not counted. Tallies of several workers add up."""
 
-    examples: list[Example] = field(default_factory=list)
     counts: Counter = field(default_factory=Counter)
+    rows: int = 0
+    made: int = 0
+    long: int = 0  # rows beyond the length policy `error`
+    longest: tuple[int, str] = (0, "")  # tokens of the longest of them, and where it stands
+
+    def add(self, other: "Tally") -> None:
+        self.counts += other.counts
+        self.rows, self.made, self.long = self.rows + other.rows, self.made + other.made, self.long + other.long
+        self.longest = max(self.longest, other.longest, key=lambda pair: pair[0])
 
 
 @dataclass(frozen=True)
 class Stage:
-    want: Want  # what data.load is asked for
-    encode: Callable[[Template, Sequence[Any], Limits], Encoded]
+    want: Want  # what data.stream is asked for
+    encode: Callable[[Template, Any, Limits, Tally], list[Example]]  # one row -> its sequences
     loss: Callable[[Any, Batch], Any]  # (forward, batch) -> sum over learned tokens; the loop divides by the step's total weight
 
 
-def encode_conversations(template: Template, rows: Sequence[Conversation], limits: Limits) -> Encoded:
-    """Conversations -> Examples under the length policy. Raises UserError when the policy is `error` and a row is too long,
-    when a question alone is too long for a cut, or when nothing is left to learn."""
-    made, long = Encoded(), []
-    whole, rows = len(rows), [part for row in rows for part in template.split(row)]
-    if len(rows) > whole:
-        made.counts["further sequences: this model reads earlier rounds as part of the question, so every answer gets its own"] = (
-            len(rows) - whole
-        )
-    for row in rows:
-        example = template.encode(row)
+def encode_conversation(template: Template, row: Conversation, limits: Limits, tally: Tally) -> list[Example]:
+    """A conversation -> its sequences under the length policy (one; where the history is context, one for each learned answer)."""
+    made, beyond = [], 0
+    parts = template.split(row)
+    if len(parts) > 1:
+        what = "further sequences: this model reads earlier rounds as part of the question, so every answer gets its own"
+        tally.counts[what] += len(parts) - 1
+    for part in parts:
+        example: Example | None = template.encode(part)
         if len(example.ids) > limits.longest:
-            long.append(example)
             if limits.too_long == "error":
+                beyond = 1
+                tally.longest = max(tally.longest, (len(example.ids), example.where), key=lambda pair: pair[0])
                 continue
-            example = _shorten(template, row, example, limits, made.counts)
+            example = _shorten(template, part, example, limits, tally.counts)
         if example is not None and example.num_learned == 0:
-            made.counts["rows with nothing to learn (every turn has learn: false or weight 0), left out"] += 1
+            tally.counts["rows with nothing to learn (every turn has learn: false or weight 0), left out"] += 1
             example = None
         if example is not None:
-            made.examples.append(example)
-    for reason, count in template.differs.items():
-        made.counts[f"rows: {reason}"] += count
-    if long and limits.too_long == "error":
-        longest = max(long, key=lambda example: len(example.ids))
-        can = limits.positions is None or len(longest.ids) <= limits.positions
+            made.append(example)
+    tally.long += beyond
+    return made
+
+
+def finish(tally: Tally, limits: Limits) -> None:
+    """After the last row. Raises UserError when the policy is `error` and rows are too long, or when nothing is left to learn."""
+    if tally.long:
+        tokens, where = tally.longest
+        can = limits.positions is None or tokens <= limits.positions
         what = (
             f"max_length={limits.max_length} tokens"
             if limits.longest == limits.max_length
             else f"the {limits.longest} tokens that this model reads"
         )
         raise UserError(
-            f"{len(long)} of {len(rows)} rows are longer than {what}; the longest has {len(longest.ids)} ({longest.where})\n"
-            f"paste one of: {f'max_length={len(longest.ids)}   ' if can else ''}too_long=skip   (also: too_long=cut-left-turns, too_long=cut-answer)"
+            f"{tally.long} of {tally.rows} rows are longer than {what}; the longest has {tokens} ({where})\n"
+            f"paste one of: {f'max_length={tokens}   ' if can else ''}too_long=skip   (also: too_long=cut-left-turns, too_long=cut-answer)"
         )
-    if not made.examples:
+    if not tally.made:
         raise UserError(
-            f"none of the {len(rows)} rows can be trained on: " + "; ".join(f"{n} {why}" for why, n in made.counts.items())
+            f"none of the {tally.rows} rows can be trained on: " + "; ".join(f"{n} {why}" for why, n in tally.counts.items())
         )
-    return made
 
 
 def _shorten(template: Template, row: Conversation, whole: Example, limits: Limits, counts: Counter) -> Example | None:
@@ -112,15 +122,12 @@ def _shorten(template: Template, row: Conversation, whole: Example, limits: Limi
     return Example(whole.ids[:n], whole.next_ids[:n], [*whole.weights[: n - 1], 0.0], whole.where)
 
 
-def encode_documents(template: Template, rows: Sequence[Document], limits: Limits) -> Encoded:
-    """Documents -> sequences of at most max_length tokens. A longer document goes on in the next sequence; nothing is cut."""
-    made = Encoded()
-    for row in rows:
-        pieces = encode_document(template.tokens, row, limits.longest)
-        made.examples += pieces
-        if len(pieces) > 1:
-            made.counts["documents longer than max_length, continued in further sequences"] += 1
-    return made
+def encode_text(template: Template, row: Document, limits: Limits, tally: Tally) -> list[Example]:
+    """A document -> sequences of at most max_length tokens. A longer document goes on in the next sequence; nothing is cut."""
+    pieces = encode_document(template.tokens, row, limits.longest)
+    if len(pieces) > 1:
+        tally.counts["documents longer than max_length, continued in further sequences"] += 1
+    return pieces
 
 
 def _next_token(forward: Any, batch: Batch) -> Any:
@@ -128,6 +135,6 @@ def _next_token(forward: Any, batch: Batch) -> Any:
 
 
 STAGES: dict[str, Stage] = {
-    "sft": Stage("answers", encode_conversations, _next_token),
-    "pretrain": Stage("text", encode_documents, _next_token),
+    "sft": Stage("answers", encode_conversation, _next_token),
+    "pretrain": Stage("text", encode_text, _next_token),
 }

@@ -14,7 +14,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -182,13 +182,13 @@ def resolve(made: plan.Plan) -> dict[str, Any]:
         "steps": steps,
         "checkpointing": run.checkpointing if run.checkpointing != "auto" else False,
         "compile": tokens * steps > COMPILE_TOKENS and tokens > COMPILE_STEP,
-        "data": made.fingerprint,
+        "data": made.examples.fingerprint,
         "version": __version__,
     }
 
 
 def _same_data(settings: dict[str, Any], made: plan.Plan, out: Path) -> None:
-    if settings["data"] != made.fingerprint:
+    if settings["data"] != made.examples.fingerprint:
         raise UserError(
             f"the data, template or tokenizer changed since {out} was started, so it cannot be continued; put it back, or choose another out="
         )
@@ -307,7 +307,7 @@ class _Training:
         method = options_.method.model_copy(update={"targets": made.targets}) if made.targets else options_.method
         methods.attach(self.model, method, options_.seed)
         self.parameters = methods.trainable(self.model)
-        longest = max(len(example.ids) for example in [*made.examples, *made.dev])
+        longest = made.longest
         dropout = getattr(options_.method, "dropout", 0.0)
         path, _ = forward.choose_path(self.model, options_.method.kind, dropout, self.device, longest)
         self.forward = forward.Forward(
@@ -417,7 +417,7 @@ class _Training:
 
     # one step ----------------------------------------------------------------------------------------------------------
 
-    def _batches(self, examples: list[Any], rows: list[int]) -> Iterator[batch.Batch]:
+    def _batches(self, examples: Sequence[Any], rows: list[int]) -> Iterator[batch.Batch]:
         chosen = [examples[row] for row in rows]
         concatenated = self.forward.concatenated
         for micro in batch.cut([len(e.ids) for e in chosen], self.settings["micro_tokens"], padded=not concatenated):
@@ -471,13 +471,14 @@ class _Training:
         """Mean loss per learned token of the dev set."""
         import torch
 
+        dev = self.plan.dev or ()
         total, weight = 0.0, 0.0
         noise, self.forward.noise = self.forward.noise, None
         training = self.model.training
         self.model.eval()
         with torch.no_grad():
-            for start in range(0, len(self.plan.dev), 64):
-                for micro in self._batches(self.plan.dev, list(range(start, min(start + 64, len(self.plan.dev))))):
+            for start in range(0, len(dev), 64):
+                for micro in self._batches(dev, list(range(start, min(start + 64, len(dev))))):
                     total += float(self.stage.loss(self.forward, micro))
                     weight += float(micro.weights.sum())
         self.model.train(training)

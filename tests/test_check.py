@@ -1,6 +1,6 @@
 import json
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from glmtune import check, data
 from glmtune.errors import UserError
+
+from . import damage
 
 
 @pytest.fixture(autouse=True)
@@ -19,108 +21,30 @@ def rows(count: int) -> list[dict]:
     return [{"instruction": f"问题 {i}?", "input": "", "output": f"Answer number {i}."} for i in range(count)]
 
 
-def one(**keys: object) -> Callable[[dict], str]:
-    return lambda row: json.dumps({**row, **keys}, ensure_ascii=False)
-
-
-def spelled(change: Callable[[str], str]) -> Callable[[dict], str]:
-    return lambda row: change(json.dumps(row, ensure_ascii=False))
-
-
-def without(key: str) -> Callable[[dict], str]:
-    return lambda row: json.dumps({name: value for name, value in row.items() if name != key}, ensure_ascii=False)
-
-
-def messages(*pairs: tuple[str, str]) -> Callable[[dict], str]:
-    return lambda row: json.dumps({"messages": [{"role": role, "content": text} for role, text in pairs]})
-
-
-SENTENCE = "This sentence is here only to be long enough for anything. "
-DAMAGE: dict[str, tuple[Callable[[dict], str], str]] = {
-    "comma missing": (spelled(lambda s: s.replace('", "input"', '" "input"')), "malformed-json"),
-    "colon missing": (spelled(lambda s: s.replace('"input":', '"input"')), "malformed-json"),
-    "brace missing": (spelled(lambda s: s[:-1]), "malformed-json"),
-    "quote missing": (spelled(lambda s: s[:-2] + "}"), "malformed-json"),
-    "opening brace missing": (spelled(lambda s: s[1:]), "malformed-json"),
-    "single quotes": (spelled(lambda s: s.replace('"', "'")), "malformed-json"),
-    "trailing comma": (spelled(lambda s: s[:-1] + ",}"), "malformed-json"),
-    "cut in half": (spelled(lambda s: s[: len(s) // 2]), "malformed-json"),
-    "not JSON": (lambda row: "hello world", "malformed-json"),
-    "bad escape": (spelled(lambda s: s.replace("Answer", "\\qnswer")), "malformed-json"),
-    "raw tab": (spelled(lambda s: s.replace("Answer", "\tAnswer")), "malformed-json"),
-    "quote inside": (spelled(lambda s: s.replace("Answer", 'An"sw"er')), "malformed-json"),
-    "key twice": (spelled(lambda s: s[:-1] + ', "output": "b"}'), "duplicate-key"),
-    "a list": (lambda row: '["a", "b"]', "not-an-object"),
-    "null": (lambda row: "null", "not-an-object"),
-    "no answer key": (without("output"), "missing-key"),
-    "no question key": (without("instruction"), "missing-key"),
-    "other keys": (lambda row: '{"a": 1}', "unknown-form"),
-    "a number": (one(output=5), "wrong-type"),
-    "a null": (one(output=None), "wrong-type"),
-    "a list for a string": (one(output=["a"]), "wrong-type"),
-    "nested JSON": (one(output={"a": 1}), "wrong-type"),
-    "history": (one(history=[["a"]]), "wrong-type"),
-    "weight": (one(weight="heavy"), "wrong-type"),
-    "empty answer": (one(output=""), "empty-answer"),
-    "blank answer": (one(output=" \n"), "empty-answer"),
-    "empty question": (one(instruction=""), "empty-question"),
-    "unknown role": (messages(("user", "a"), ("bot", "b")), "unknown-role"),
-    "only system": (messages(("system", "a")), "no-user-turn"),
-    "two user turns": (messages(("user", "a"), ("user", "b"), ("assistant", "c")), "role-order"),
-    "assistant first": (messages(("assistant", "b"), ("user", "a")), "role-order"),
-    "lone surrogate": (spelled(lambda s: s.replace("Answer", "\\ud83d")), "encoding-damage"),
-    "UTF-8 as Latin-1": (one(output="Le cafÃ© est fermÃ©."), "encoding-damage"),
-    "UTF-8 as Windows-1252": (one(output="Itâ€™s fine."), "encoding-damage"),
-    "Chinese as Latin-1": (one(output="ä¸\xadæ–‡"), "encoding-damage"),
-    "GBK as Latin-1": (one(output="你好，世界".encode("gbk").decode("latin-1")), "encoding-damage"),
-    "UTF-8 as GBK": (one(output="你好，世界。"[2:].encode().decode("gbk", "replace")), "encoding-damage"),
-    "lost characters": (one(output="锟斤拷锟斤拷"), "encoding-damage"),
-    "replacement character": (one(output="The caf\ufffd is closed."), "encoding-damage"),
-    "NUL": (spelled(lambda s: s.replace("Answer", "\\u0000")), "encoding-damage"),
-    "bell": (spelled(lambda s: s.replace("Answer", "\\u0007")), "control-characters"),
-    "im_end": (one(output="Yes.<|im_end|>"), "leaked-special-token"),
-    "gMASK": (one(instruction="[gMASK]<sop>hi"), "leaked-special-token"),
-    "INST": (one(instruction="[INST] hi [/INST]"), "leaked-special-token"),
-    "end of text": (one(output="Yes.</s>"), "leaked-special-token"),
-    "cut sentence": (one(output=SENTENCE * 2 + "And then it"), "truncated-answer"),
-    "cut list": (one(output=SENTENCE + "It has these parts: a, b,"), "truncated-answer"),
-    "code not closed": (one(output="```python\nprint(1)\n"), "truncated-answer"),
-    "the row before": (lambda row: json.dumps(rows(20)[6], ensure_ascii=False), "exact-duplicate"),
-}
-
-
-def spoil(change: Callable[[dict], str], layout: str) -> tuple[str, int]:
+def spoil(name: str, layout: str) -> tuple[str, int]:
     """A file of 20 rows whose eighth is damaged: its name and the line of the damage."""
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows(20)]
-    lines[7] = change(rows(20)[7])
+    lines = [damage.line()(row) for row in rows(20)]
+    lines[7] = damage.DAMAGE[name].change(rows(20)[7])
     if layout == "array":
-        Path("train.json").write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+        Path("train.json").write_bytes(b"[\n" + b",\n".join(lines) + b"\n]\n")
         return "train.json", 9
-    Path("train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    Path("train.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     return "train.jsonl", 8
 
 
 @pytest.mark.parametrize("layout", ["array", "lines"])
-@pytest.mark.parametrize("name", DAMAGE)
+@pytest.mark.parametrize("name", damage.DAMAGE)
 def test_damage_is_found_at_its_line_and_nothing_else_is(name: str, layout: str) -> None:
-    change, kind = DAMAGE[name]
-    file, line = spoil(change, layout)
+    file, line = spoil(name, layout)
     found = check.check([file])
-    assert kind in [problem["kind"] for problem in found["problems"]]
+    assert damage.DAMAGE[name].kind in [problem["kind"] for problem in found["problems"]]
     assert {(problem["file"], problem["line"]) for problem in found["problems"]} <= {(file, line)}
     errors = [problem for problem in found["problems"] if problem["level"] == "error"]
     assert bool(errors) == _is_refused(file), "an error is what training refuses"
-
-
-@pytest.mark.parametrize("layout", ["array", "lines"])
-@pytest.mark.parametrize("name", DAMAGE)
-def test_fix_keeps_every_row_or_tells_where_it_went(name: str, layout: str) -> None:
-    file, line = spoil(DAMAGE[name][0], layout)
-    before = check.check([file])
     said = check.fix([file], "clean")
     removed = [json.loads(row) for row in Path("clean.removed.jsonl").read_text(encoding="utf-8").splitlines()]
     after = check.check(["clean"])
-    assert after["rows"] + len(removed) == before["rows"]
+    assert after["rows"] + len(removed) == found["rows"]
     assert f"{after['rows']} in clean, {len(removed)} removed to clean.removed.jsonl" in said
     assert not [p for p in after["problems"] if p["level"] == "error" or p["kind"] == "exact-duplicate"]
     assert all(row["line"] == line and ("row" in row or "raw" in row) for row in removed)
@@ -138,33 +62,18 @@ def _is_refused(file: str) -> bool:
     return False
 
 
-def test_all_damage_at_once_is_found_line_by_line() -> None:
-    lines, wanted = [], {}
-    for i, (change, kind) in enumerate(DAMAGE.values()):
-        row = {"instruction": f"Question {i}?", "input": "", "output": f"Answer {i}."}
-        lines += [json.dumps(row), json.dumps({**row, "output": "Another."}) if kind == "exact-duplicate" else change(row)]
-        wanted[2 * i + 2] = kind
-    lines[-1] = lines[-2]
-    Path("train.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    found = check.check(["train.jsonl"])["problems"]
-    assert set(wanted) <= {problem["line"] for problem in found}
-    places = {(problem["line"], problem["kind"]) for problem in found}
-    assert set(wanted.items()) <= places
-    assert {line for line, _ in places} == set(wanted)
-
-
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
     at=st.sets(st.integers(0, 14), min_size=1),
-    name=st.sampled_from(["brace missing", "quote missing", "comma missing", "not JSON"]),
+    name=st.sampled_from(["missing brace", "truncated", "missing comma", "no JSON"]),
 )
 def test_reading_goes_on_after_every_broken_row(at: set[int], name: str) -> None:
     for layout in ("[\n{}\n]", "{}\n"):
-        lines = [DAMAGE[name][0](row) if i in at else json.dumps(row) for i, row in enumerate(rows(15))]
+        lines = [damage.DAMAGE[name].change(row).decode() if i in at else json.dumps(row) for i, row in enumerate(rows(15))]
         Path("x.json").write_text(layout.replace("{}", (",\n" if "[" in layout else "\n").join(lines)), encoding="utf-8")
         found = check.check(["x.json"])
         shift = 2 if "[" in layout else 1
-        if name != "not JSON" or len(at) < 15:  # fifteen lines of anything are no JSON file
+        if name != "no JSON" or len(at) < 15:  # fifteen lines of anything are no JSON file
             assert {problem["line"] for problem in found["problems"]} == {i + shift for i in at}
             assert found["rows"] == 15
 
@@ -217,7 +126,11 @@ def test_long_rows_are_errors_where_a_length_is_given() -> None:
 def test_rows_of_other_stages_are_not_broken() -> None:
     prompts = [{"instruction": f"q{i}"} for i in range(3)]
     pairs = [{"instruction": f"q{i}", "chosen": "Good.", "rejected": "Bad."} for i in range(3)]
-    calls = [{"from": "human", "value": "q"}, {"from": "function_call", "value": "{}"}, {"from": "observation", "value": "1"}]
+    calls = [
+        {"from": "human", "value": "q"},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
+        {"from": "observation", "value": "1"},
+    ]
     tools = [{"conversations": [*calls, {"from": "gpt", "value": "One."}]}]
     for name, content in (("prompts", prompts), ("pairs", pairs), ("tools", tools)):
         Path(f"{name}.json").write_text(json.dumps(content))
@@ -293,8 +206,10 @@ REAL = {  # every one looked at: each is really cut, doubled or damaged in the p
     "gsm8k_test.jsonl": {},
     "wiki.txt": {},
     "c4.jsonl": {"encoding-damage": 3},
-    "kto_en.json": {"truncated-answer": 4, "leaked-special-token": 1},
-    "dpo_zh.json": {"encoding-damage": 3, "exact-duplicate": 2},
+    "kto_en.json": {"truncated-answer": 1, "leaked-special-token": 1},
+    "dpo_en.json": {"truncated-answer": 1, "encoding-damage": 2, "control-characters": 1},
+    "dpo_zh.json": {"truncated-answer": 1, "encoding-damage": 3, "exact-duplicate": 2},
+    "toolcall_en.json": {"truncated-answer": 1, "exact-duplicate": 8},
     "toolcall_zh.json": {"exact-duplicate": 4},
 }
 
@@ -305,3 +220,182 @@ def test_the_real_files_have_no_errors_and_no_false_alarms(name: str, shared: Pa
     kinds = [problem["kind"] for problem in found["problems"]]
     assert {kind: kinds.count(kind) for kind in kinds} == REAL[name]
     assert {problem["level"] for problem in found["problems"]} <= {"warning"}
+
+
+# --- every kind of damage, in files that are clean elsewhere --------------------------------------------------------------
+
+Damages = dict[str, damage.Damage]
+
+
+def clean(count: int) -> list[dict]:
+    seen = [
+        f"Ship {i * 7} and boat {i * 11} came {i} days late, with {i * 3} boxes of {'tea' if i % 2 else 'salt'}."
+        for i in range(count)
+    ]
+    return [{"instruction": f"What was seen from pier {i}?", "input": "", "output": text} for i, text in enumerate(seen)]
+
+
+def good_rows(file: Path) -> list[dict]:
+    """The rows of a real file of which nothing is told."""
+    found = check.check([file])
+    bad = {problem["line"] for problem in found["problems"]}
+    rows = [row for checked in check.examine([file]) for row in checked.rows if row.record and row.item.line not in bad]
+    return [row.item.value for row in rows]
+
+
+def hold_to_the_truth(rows: list[dict], layout: str, damages: Damages = damage.DAMAGE) -> None:
+    path = Path("train.json" if layout == "array" else "train.jsonl")
+    done = damage.spoil(rows, path, layout, damages)
+    found = check.check([path])
+    places = {(problem["line"], problem["kind"], problem["level"]) for problem in found["problems"]}
+    for line, (name, one) in done.items():
+        if one.level == "note":
+            assert any(f"{path}:{line}" in note for note in found["notes"] if note.startswith(one.kind)), name
+        else:
+            assert (line, one.kind, one.level) in places, (name, line, sorted(places))
+    errors = {line for line, (_, one) in done.items() if one.level == "error"}
+    assert {line for line, _, level in places if level == "error"} == errors, "nothing else is an error"
+    assert {line for line, _, _ in places} <= done.keys(), "nothing is told of the rows beside"
+    assert 0 <= found["rows"] - len(rows) <= 2, "no row is lost; one without its opening brace may count as two stretches"
+    said = check.fix([path], "clean")
+    kept, gone = (len(check.examine([name])[0].rows) for name in ("clean", "clean.removed.jsonl"))
+    assert kept + gone == found["rows"] and said.startswith(f"{found['rows']} rows in: {kept} in clean, {gone} removed")
+
+
+@pytest.mark.parametrize("layout", ["array", "lines"])
+def test_every_kind_of_damage_is_found_at_its_line_with_its_kind(layout: str) -> None:
+    assert len(damage.DAMAGE) > 50
+    hold_to_the_truth(clean(140), layout)
+
+
+@pytest.mark.parametrize("layout", ["array", "lines"])
+@pytest.mark.parametrize("name", ["alpaca_en.json", "alpaca_zh.json", "gsm8k_train.jsonl", "kto_en.json"])
+def test_every_kind_of_damage_is_found_in_copies_of_real_files(name: str, layout: str, shared: Path) -> None:
+    rows = [{key: row[key] for key in row if key != "label"} for row in good_rows(shared / "data" / name)]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rows = good_rows(Path("rows.jsonl")) if name == "kto_en.json" else rows  # without labels all answers are learned
+    hold_to_the_truth(rows[:140], layout)
+
+
+@pytest.mark.parametrize("layout", ["array", "lines"])
+@pytest.mark.parametrize("name", ["dpo_en.json", "dpo_zh.json", "kto_en.json", "toolcall_en.json", "toolcall_zh.json", "c4.jsonl"])
+def test_broken_json_is_found_in_copies_of_real_files_of_every_stage(name: str, layout: str, shared: Path) -> None:
+    hold_to_the_truth(good_rows(shared / "data" / name)[:40], layout, damage.BROKEN)
+
+
+PAIRS: dict[str, damage.Damage] = {
+    "same answers": damage.error("same-answers", damage.line(lambda row: {**row, "rejected": row["chosen"]})),
+    "empty chosen": damage.error("empty-answer", damage.line(lambda row: {**row, "chosen": {**row["chosen"], "value": " "}})),
+    "empty rejected": damage.error("empty-answer", damage.line(lambda row: {**row, "rejected": {**row["rejected"], "value": ""}})),
+    "no rejected": damage.error("missing-key", damage.line(lambda row: {key: row[key] for key in row if key != "rejected"})),
+    "null": damage.error("wrong-type", damage.line(lambda row: {**row, "chosen": None})),
+    "number": damage.error("wrong-type", damage.line(lambda row: {**row, "rejected": 1})),
+    "the user's turn": damage.error(
+        "preference-row", damage.line(lambda row: {**row, "chosen": {**row["chosen"], "from": "human"}})
+    ),
+    "cut": damage.warning("truncated-answer", damage.line(lambda row: {**row, "chosen": {**row["chosen"], "value": "```\ncode"}})),
+    "leaked": damage.warning(
+        "leaked-special-token", damage.line(lambda row: {**row, "rejected": {**row["rejected"], "value": "</s>"}})
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", ["array", "lines"])
+@pytest.mark.parametrize("name", ["dpo_en.json", "dpo_zh.json"])
+def test_damage_of_preference_rows_is_found_in_copies_of_real_files(name: str, layout: str, shared: Path) -> None:
+    hold_to_the_truth(good_rows(shared / "data" / name)[:40], layout, PAIRS)
+
+
+def test_labels_that_are_all_the_same_are_a_note() -> None:
+    rows = [{"prompt": f"q{i}", "completion": f"{i}.", "label": i > 0} for i in range(3)]
+    Path("a.json").write_text(json.dumps(rows))
+    assert "a.json: labels: 2 good, 1 bad" in check.check(["a.json"])["notes"]
+    Path("b.json").write_text(json.dumps(rows[1:]))
+    found = check.check(["b.json"])
+    assert "b.json: labels: 2 good, 0 bad: all are the same, so nothing sets good and bad apart" in found["notes"]
+    assert found["problems"] == []
+    Path("c.json").write_text(json.dumps([{**row, "label": i} for i, row in enumerate(rows)]))
+    assert not any("labels" in note for note in check.check(["c.json"])["notes"]), "a number is the class of a text"
+
+
+# --- training and watching ------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_dev_that_are_trained_on_are_told() -> None:
+    rows = clean(10)
+    Path("train.json").write_text(json.dumps(rows[:6]))
+    dev = [
+        rows[7],
+        {**rows[2], "id": 5},
+        {**rows[3], "output": "Nothing."},
+        {**rows[4], "instruction": " what WAS seen from pier 4? "},
+    ]
+    Path("dev.jsonl").write_text("\n".join(map(json.dumps, dev)))
+    found = check.check(["train.json"], dev=["dev.jsonl"])
+    assert [(p["file"], p["line"], p["kind"], p["level"], p["message"]) for p in found["problems"]] == [
+        ("dev.jsonl", 2, "dev-overlap", "warning", "the same row is trained on: train.json:1"),
+        ("dev.jsonl", 3, "dev-overlap", "warning", "the same question is trained on: train.json:1"),
+        ("dev.jsonl", 4, "dev-overlap", "warning", "the same row is trained on: train.json:1"),
+    ]
+    assert found["rows"] == 10
+    assert check.check(["train.json"])["problems"] == check.check(["dev.jsonl"])["problems"] == []
+
+
+def test_a_row_is_the_same_whichever_of_several_answers_it_has() -> None:
+    Path("train.jsonl").write_text("\n".join(json.dumps({"question": "Which?", "answer": f"{i}."}) for i in range(3)))
+    Path("dev.jsonl").write_text('{"question": "Which?", "answer": "2."}')
+    problems = check.check(["train.jsonl"], dev=["dev.jsonl"])["problems"]
+    assert [problem["message"] for problem in problems] == ["the same row is trained on: train.jsonl:3"]
+
+
+def test_near_duplicates_are_notes_with_both_places() -> None:
+    rows = clean(6)
+    rows[4] = {**rows[1], "output": rows[1]["output"].replace("late", "early")}
+    Path("a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = check.check(["a.jsonl"])
+    assert found["problems"] == []
+    assert [note for note in found["notes"] if note.startswith("near")] == [
+        # 20 words in 18 pieces of three, three of them with the word that differs: 15 common of 21
+        "near-duplicates: 1 of 6 rows say nearly the same as an earlier one (a.jsonl:5 and a.jsonl:2 71%)"
+    ]
+
+
+def test_languages_and_lengths_are_told() -> None:
+    rows = [{"instruction": "Translate.", "output": "你好，世界。"}, {"instruction": "你好吗？", "output": "很好，谢谢你。"}]
+    Path("a.json").write_text(json.dumps(rows))
+    found = check.check(["a.json"])
+    assert "a.json: languages: Chinese 100.0%" in found["notes"]
+    assert "a.json: rows answered in another language or script than asked: 1 (lines 1)" in found["notes"]
+    assert (found["lengths"]["unit"], found["lengths"]["shortest"], found["lengths"]["longest"]) == ("characters", 11, 16)
+    counted = check.check(["a.json"], encode=lambda record: 5)["lengths"]
+    assert (counted["unit"], counted["histogram"]) == ("tokens", [[5, 5, 2]])
+
+
+@pytest.mark.parametrize(("policy", "level"), [("error", "error"), ("skip", "warning"), ("cut-answer", "warning")])
+def test_long_rows_follow_the_policy_of_the_run(policy: str, level: str) -> None:
+    Path("a.jsonl").write_text("\n".join(json.dumps({"instruction": "q", "output": "x" * n + "."}) for n in (3, 30, 20)))
+    found = check.check(["a.jsonl"], encode=lambda record: len(record.turns[-1].text), max_length=10, too_long=policy)
+    assert [(p["line"], p["kind"], p["level"]) for p in found["problems"]] == [(2, "over-length", level), (3, "over-length", level)]
+    assert "over-length: 2 of 3 rows have more than max_length=10 tokens; the longest has 31 (a.jsonl:2)" in found["notes"]
+
+
+@settings(deadline=None, max_examples=25)
+@given(data=st.data(), layout=st.sampled_from(["array", "lines"]))
+def test_rows_in_are_rows_out_and_rows_removed(data: Any, layout: str) -> None:
+    rows = clean(12)
+    lines = [damage.line()(row) for row in rows]
+    for at in data.draw(st.sets(st.integers(0, 11))):
+        lines[at] = damage.DAMAGE[data.draw(st.sampled_from(sorted(damage.DAMAGE)))].change(rows[at])
+    Path("x.json").write_bytes(b"[" + b",\n".join(lines) + b"]" if layout == "array" else b"\n".join(lines))
+    for made in ("out.json", "out.json.removed.jsonl"):
+        Path(made).unlink(missing_ok=True)
+    before = check.check(["x.json"])
+    try:
+        check.fix(["x.json"], "out.json")
+    except UserError as error:  # a file of which nothing can be read
+        assert "nothing was written" in str(error) and not Path("out.json").exists()
+        return
+    gone = Path("out.json.removed.jsonl").read_text(encoding="utf-8").splitlines()
+    after = check.check(["out.json"]) if Path("out.json").read_text(encoding="utf-8").strip("[]\n") else {"rows": 0, "problems": []}
+    assert after["rows"] + len(gone) == before["rows"]
+    assert not [p for p in after["problems"] if p["level"] == "error"]

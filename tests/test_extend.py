@@ -33,7 +33,7 @@ def test_a_new_format_method_and_stage(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setitem(run.METHODS, "norms", NormsOnly)
     monkeypatch.setitem(run.DEFAULT_LR, "norms", 1e-2)
     monkeypatch.setitem(methods.METHODS, "norms", attach_norms)
-    doubled = stages.Stage("answers", stages.encode_conversations, lambda forward, batch: 2 * forward.nll(batch))
+    doubled = stages.Stage("answers", stages.encode_conversation, lambda forward, batch: 2 * forward.nll(batch))
 
     class Doubled(Options):
         kind: Literal["doubled"] = "doubled"

@@ -1,6 +1,8 @@
 """Published folders read, tuned, exported and used: equal to the published code, without any of it being run."""
 
+import contextlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from glmtune.chat import FORMS
 from glmtune.errors import UserError
 from glmtune.export import export
 from glmtune.families import weights
+from glmtune.generate import Sampling, answer
 from glmtune.records import Conversation, Turn
 from glmtune.run import Chat, Lora
 
@@ -201,7 +204,8 @@ def test_trained_merged_exported_reloaded_and_asked(name: str, made, tmp_path: P
     text = {"max_new_tokens": 6, "temperature": 0}
     assert used.chat(QUESTION, **text) == tuned.chat(QUESTION, **text)
     out = plain.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :].tolist()
-    assert used.template.parse(out).text == used.chat(QUESTION, **text)  # transformers stops where we do
+    [(_, ours)] = answer(used.model, used.template, [ids[0].tolist()], Sampling(max_new_tokens=6))
+    assert used.template.parse(out).text == ours  # transformers stops where we do
     assert not (folder / "RAN").exists()
 
 
@@ -332,7 +336,7 @@ def test_a_cut_file_is_told(size: int, form: str, tmp_path: Path):
         ("rmsnorm", False, "rmsnorm"),
         ("post_layer_norm", False, "post_layer_norm"),
         ("add_bias_linear", True, "add_bias_linear"),
-        ("kv_channels", None, "kv_channels"),
+        ("ffn_hidden_size", None, "ffn_hidden_size"),
         ("num_attention_heads", "many", "num_attention_heads"),
     ],
 )
@@ -568,3 +572,134 @@ def test_tools_and_observations_of_chatglm3_become_the_published_pieces(goldens:
     learned = [token for token, weight in zip(example.next_ids, example.weights) if weight]
     call = single("assistant", "get_weather", messages[2]["content"])[1:]
     assert learned == [*call, tokens.special["<|observation|>"], *single("assistant", "", "\n3 度。")[1:], 2]
+
+
+# --- what readers of the change found --------------------------------------------------------------------------------------------
+
+
+def renamed(folder: Path, target: Path, **config: Any) -> Path:
+    """A copy that does not say which model it is."""
+    shutil.copytree(folder, target)
+    for name, key in (("config.json", "_name_or_path"), ("tokenizer_config.json", "name_or_path")):
+        found = json.loads((target / name).read_text())
+        found.pop(key, None)
+        if name == "config.json":
+            found = {**found, **config}
+        (target / name).write_text(json.dumps(found))
+    return target
+
+
+def test_a_folder_is_told_by_its_files_before_its_name_and_the_cache_knows_them_apart(made, tmp_path: Path):
+    chatglm3 = made("chatglm3-6b")
+    two = families.open_template(renamed(chatglm3, tmp_path / "my-chatglm2"))
+    three = families.open_template(renamed(chatglm3, tmp_path / "my-chatglm3"))
+    assert two.context and not three.context
+    stray = renamed(chatglm3, tmp_path / "glm-4-compare", seq_length=8192)
+    assert families.family_of(stray).name == "ChatGLM3-6B"  # its tokenizer.model is no tiktoken file
+    old = renamed(chatglm3, tmp_path / "a", transformers_version="4.4.0", seq_length=32768)
+    assert families.family_of(old).name == "ChatGLM2-6B"
+    assert not families.open_template(old, "chatglm3").context  # and the other one can be asked for
+
+
+@pytest.mark.parametrize("name", ["chatglm3-6b", "glm-4-9b-chat", "internlm-chat-7b"])
+def test_files_of_another_tokenizer_are_refused(name: str, made, tmp_path: Path):
+    folder = tmp_path / "m"
+    shutil.copytree(made(name), folder)
+    other = {"glm-4-9b-chat": "chatglm2-6b"}.get(name, "glm-4-9b-chat")
+    shutil.copyfile(made(other) / "tokenizer.model", folder / "tokenizer.model")
+    with pytest.raises(UserError):
+        families.open_template(folder)
+    vocabulary = published.sentencepiece("bpe", 600, normalization_rule_name="identity")
+    (folder / "tokenizer.model").write_bytes(vocabulary)
+    with pytest.raises(UserError):
+        families.open_template(folder)
+
+
+@pytest.mark.parametrize("name", published.FAMILIES)
+@pytest.mark.parametrize("value", [None, "x", 0, -1, [], {}])
+def test_a_config_that_makes_no_sense_is_an_error_for_people(name: str, value: Any, made, tmp_path: Path):
+    """Each field in turn is missing, or of a wrong kind: the folder loads, or one UserError says what is wrong."""
+    config = json.loads((made(name) / "config.json").read_text())
+    folder = tmp_path / "m"
+    shutil.copytree(made(name), folder)
+    keys = [
+        key
+        for key in config
+        if key not in ("auto_map", "_name_or_path", "architectures", "model_type", "transformers_version", "dtype")
+    ]
+    for key in keys:
+        (folder / "config.json").write_text(json.dumps({**config, key: value}))
+        with contextlib.suppress(UserError):
+            families.load_model(folder, device="meta")
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize("content", ["[]", '"x"', "{", "nul\x00l"])
+def test_a_neighbour_file_that_is_no_object_is_named(file: str, content: str, made, tmp_path: Path):
+    folder = tmp_path / "m"
+    shutil.copytree(made("baichuan2-7b-chat"), folder)
+    (folder / file).write_text(content)
+    with pytest.raises(UserError, match=file):
+        load(folder, device="cpu")
+
+
+def test_a_damaged_tokenizer_cache_is_made_anew(made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("GLMTUNE_CACHE", str(tmp_path))
+    first = families.open_template(made("chatglm3-6b"))
+    [kept] = (tmp_path / "tokenizers").iterdir()
+    kept.write_text(kept.read_text()[:100])
+    assert families.open_template(made("chatglm3-6b")).tokens.json == first.tokens.json
+
+
+def test_an_empty_turn_of_chatglm3_is_written(made):
+    template = families.open_template(made("chatglm3-6b"))
+    tokens = template.tokens
+    asked = template.prompt([{"role": "system", "content": ""}, {"role": "user", "content": ""}])
+    marks = [tokens.special[name] for name in ("[gMASK]", "sop", "<|system|>", "<|user|>", "<|assistant|>")]
+    newline = tokens.encode("\n")
+    assert asked == [*marks[:3], *newline, marks[3], *newline, marks[4]]
+
+
+def test_a_turn_that_a_format_cannot_write_is_told_with_its_place(made):
+    template = families.open_template(made("chatglm2-6b"))
+    talk = Conversation((Turn("system", "s"), Turn("user", "q"), Turn("assistant", "a")), "rows.json:7")
+    with pytest.raises(UserError, match="rows.json:7.*no way to write a system turn"):
+        template.encode(talk)
+
+
+@pytest.mark.parametrize("name", ["chatglm2-6b", "chatglm3-6b", "glm-4-9b-chat", "internlm2-chat-7b", "qwen2.5"])
+def test_the_end_mark_of_an_empty_answer_is_learned(name: str, made):
+    template = families.open_template(made(name))
+    example = template.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}])
+    learned = [token for token, weight in zip(example.next_ids, example.weights) if weight]
+    assert learned and learned[-1] in template.stop_ids
+
+
+def test_the_question_of_chatglm_6b_cannot_be_learned(made):
+    with pytest.raises(UserError, match="learn=all"):
+        families.open_template(made("chatglm-6b"), learn="everything")
+
+
+def test_the_first_weeks_config_of_chatglm_6b_is_read(made, tmp_path: Path):
+    """It named only <sop> and <eop>; the other marks stand right before them."""
+    folder = tmp_path / "m"
+    shutil.copytree(made("chatglm-6b-early"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    want = {key: config.pop(key) for key in ("gmask_token_id", "mask_token_id")}
+    (folder / "config.json").write_text(json.dumps(config))
+    found = families.config_of(folder)
+    sp = 1  # in our tiny vocabulary one unused piece more stands between
+    assert found["bos_token_id"] - found["gmask_token_id"] == 3 and want["gmask_token_id"] == config["bos_token_id"] - 3 * sp
+
+
+@pytest.mark.parametrize("where", ["file/x", "link", "."])
+def test_an_export_that_has_nowhere_to_go_says_so(where: str, made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    monkeypatch.chdir(tmp_path / "empty")
+    if where == "link":
+        assert export(made("chatglm2-6b"), tmp_path / "link").joinpath("config.json").is_file()
+        return
+    with pytest.raises(UserError):
+        export(made("chatglm2-6b"), tmp_path / where if where != "." else Path("../file"))

@@ -14,8 +14,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
+from glmtune import hub
 from glmtune.errors import UserError
-from glmtune.families import hub, resolve
+from glmtune.families import resolve
 
 CONFIG, TOKENIZER = b'{"model_type": "llama"}', b'{"version": "1.0"}'
 WEIGHTS = bytes(range(256)) * 2000  # half a megabyte
@@ -412,7 +413,7 @@ def test_resolve_asks_the_hub_and_keeps_its_own_errors(tmp_path, monkeypatch):
 CHILD = """
 import json, os, sys
 from glmtune.errors import UserError
-from glmtune.families import hub
+from glmtune import hub
 hub.PAUSES = (0.01, 0.01)
 for line in sys.stdin:
     asked, heard = json.loads(line), []

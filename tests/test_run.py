@@ -23,7 +23,7 @@ GIVEN = ("model=m", "data=a.json", "out=o")
         (["stage=dpoo"], "stage.kind: 'dpoo' is not one of"),
         (["template=chatm"], "did you mean 'chatml'?"),
         (["template={user: 'no place'}"], "template.user: must hold {content} exactly once"),
-        (["eval.share=1.5"], "eval.share: wanted less than 1, got 1.5 (float)"),
+        (["eval.share=1.5"], "eval.share: below 1 it is a share of the rows"),
         (["eval.share=0.1", "eval.data=b.json"], "eval.data and eval.share exclude each other"),
         (["data=[{path: a, weigth: 2}]"], "unknown option 'data.0.weigth'; did you mean 'weight'?"),
         (["data=[1]"], "data.0: wanted a group of options"),

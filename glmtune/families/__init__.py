@@ -12,11 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .. import autoload
 from ..chat import Form, Template, Tokens, choose
 from ..errors import UserError, did_you_mean
 from ..options import write_whole
 from . import baichuan, chatglm, internlm, llama, smollm2, weights
-from .family import Family, Take, Vocabulary
+from .family import Family, Take, Vocabulary, about_generation
 from .place import Place, locate, resolve
 
 __all__ = ["Place", "locate", "resolve"]  # with everything defined here
@@ -59,7 +60,8 @@ MARKS = {  # the special tokens without which a format cannot be written
     "baichuan2": baichuan.MARKS["Baichuan2"],
 }
 FILLED = ("llama", "mistral", "qwen2", "qwen3", "glm", "glm4", "chatglm1", "llama_alibi")  # named in files as in the class
-OURS = ("chatglm1", "llama_alibi")  # model types that have a class of ours
+OURS = tuple(autoload.OURS)  # model types that have a class of ours
+NAMES = {"chatglm1": "ChatGLM-6B", "llama_alibi": "Llama with ALiBi (Baichuan-13B)"}  # of what export writes
 
 
 # --- what is known before anything heavy is loaded -----------------------------------------------------------------------
@@ -71,9 +73,16 @@ def family_of(folder: Path) -> Family:
     Raises UserError for a broken config.json, or settings that no native model can express.
     """
     config = published_config(folder)
-    made = READERS.get(config.get("model_type", ""), lambda folder, config: None)(folder, config)
+    given = {key: value for key, value in config.items() if value is not None}
+    try:
+        made = READERS.get(config.get("model_type", ""), lambda folder, config: None)(folder, given)
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"{folder / 'config.json'} cannot be understood ({error!r}); copy the file again") from None
     return made or Family(
-        str((config.get("architectures") or [config.get("model_type")])[0]), config, lambda name: [Take(name)], native=True
+        NAMES.get(config.get("model_type", "")) or str((config.get("architectures") or [config.get("model_type")])[0]),
+        config,
+        lambda name: [Take(name)],
+        native=True,
     )
 
 
@@ -100,7 +109,10 @@ def tensor_shapes(folder: Path) -> dict[str, list[int]]:
 
 
 def _bits(folder: Path) -> int:
-    return int(published_config(folder).get("quantization_bit") or 0)
+    bits = published_config(folder).get("quantization_bit") or 0
+    if bits not in (0, 4, 8):
+        raise UserError(f"{folder / 'config.json'}: quantization_bit is {bits!r}; wanted 0, 4 or 8")
+    return bits
 
 
 def linear_names(folder: Path) -> list[str]:
@@ -192,20 +204,23 @@ def open_tokens(folder: Path) -> Tokens:
         return Tokens.of_vocabulary(folder, found)
     if family is None or family.vocabulary is None:
         return Tokens.open(folder)
-    return Tokens.of_vocabulary(folder, _vocabulary(folder, family.vocabulary))
+    tokens = Tokens.of_vocabulary(folder, _vocabulary(folder, family.vocabulary))
+    _check_vocabulary(folder, family, tokens)
+    return tokens
 
 
 def _vocabulary(folder: Path, build: Callable[[Path], Vocabulary]) -> Vocabulary:
-    digest = hashlib.sha256()
-    for path in [*sorted(folder.glob("*.json")), *sorted(folder.glob("*.model"))]:
-        if path.name not in ("tokenizer.json", "generation_config.json") and ".index." not in path.name:
-            digest.update(path.name.encode() + path.read_bytes())
+    digest = hashlib.sha256(json.dumps(folder.resolve().parts[-4:]).encode())  # names tell families apart where configs do not
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".jinja", ".model") and ".index." not in p.name):
+        digest.update(path.name.encode() + path.read_bytes())
     for path in sorted(Path(__file__).parent.glob("*.py")):  # a newer program builds anew
         digest.update(path.read_bytes())
     kept = smollm2.cache_root() / "tokenizers" / f"{digest.hexdigest()[:32]}.json"
-    if kept.is_file():
+    try:
         found = json.loads(kept.read_text(encoding="utf-8"))
         return Vocabulary(found["json"], found["config"])
+    except (OSError, ValueError, KeyError):  # not there, or damaged
+        pass
     made = build(folder)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -215,9 +230,26 @@ def _vocabulary(folder: Path, build: Callable[[Path], Vocabulary]) -> Vocabulary
     return made
 
 
+def _check_vocabulary(folder: Path, family: Family, tokens: Tokens) -> None:
+    """Another model's tokenizer files beside the weights would be accepted without a word."""
+    rows, ends = family.config.get("vocab_size"), family.config.get("eos_token_id")
+    if isinstance(rows, int) and tokens.vocab_size > rows:
+        raise UserError(
+            f"{folder}: its tokenizer has {tokens.vocab_size} tokens, its model knows {rows}: they belong to different models; copy the files again"
+        )
+    known = {ends} if isinstance(ends, int) else set(ends or ())
+    if tokens.built and known and tokens.eos_id not in known:
+        raise UserError(
+            f"{folder}: its tokenizer ends texts with {tokens.name('eos_token')} {tokens.eos_id}, its config.json with {ends}: "
+            "they belong to different models; copy the files again"
+        )
+
+
 def open_template(folder: Path, wanted: "str | Form" = "auto", **settings: Any) -> Template:
     """The template of a model folder, from its tokenizer files only. wanted: auto, a name (FORMS, CHATS) or a Form."""
     tokens = open_tokens(folder)
+    if tokens.config.get("prefix_lm") and settings.get("learn") == "everything":
+        raise UserError("ChatGLM-6B sees a whole question at once, so there is nothing to learn in it; use learn=all")
     if isinstance(wanted, str) and wanted in CHATS:
         missing = [mark for mark in MARKS.get(wanted, ()) if mark not in tokens.special]
         if missing:
@@ -241,8 +273,7 @@ def save_tokenizer(base: Path, template: Template, folder: Path) -> None:
     _write(folder / "tokenizer.json", tokens.json)
     _write(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     _write(folder / "chat_template.jinja", template.jinja)
-    path = base / "generation_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = about_generation(base)
     published = family_of(base).settings if (base / "config.json").is_file() else {}
     if published and not settings:
         settings = {"do_sample": True, **published}
@@ -374,13 +405,7 @@ def _ours_reads(family: Family, stored: dict[str, weights.Stored], dtype: Any) -
 
 def register() -> None:
     """Makes our own model classes known to transformers' Auto classes, by their model_type."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from . import alibi, chatglm1
-
-    for config, model in ((chatglm1.ChatGLM1Config, chatglm1.ChatGLM1ForCausalLM), (alibi.AlibiConfig, alibi.AlibiForCausalLM)):
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModelForCausalLM.register(config, model, exist_ok=True)
+    autoload.register()
 
 
 def _empty(family: Family, dtype: Any, folder: Path) -> Any:
@@ -393,7 +418,7 @@ def _empty(family: Family, dtype: Any, folder: Path) -> Any:
         config = AutoConfig.for_model(family.config["model_type"], **settings)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever a class makes of a config that makes no sense
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder / 'config.json'} does not describe a model of the kind {family.name}: {reason}") from None
 

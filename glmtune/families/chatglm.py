@@ -22,7 +22,8 @@ _ROUNDS = (
     "{{% for message in messages %}}"
     "{{% if message['role'] == 'user' %}}{question}"
     "{{% elif message['role'] == 'assistant' %}}{answer}"
-    "{{% else %}}{{{{ raise_exception('this model has no way to write a ' + message['role'] + ' turn; put it into the first question') }}}}{{% endif %}}"
+    "{{% else %}}{{{{ raise_exception('this model has no way to write a ' + message['role'] + ' turn'"
+    " + ('; put it into the question' if message['role'] == 'system' else '')) }}}}{{% endif %}}"
     "{{% endfor %}}"
 )
 CHATGLM1 = _ROUNDS.format(
@@ -63,15 +64,16 @@ TITLES = {
 }  # fmt: skip
 _ROLES = (
     "{{{{ '{front}' }}}}{{% for message in messages %}}{{% set role = 'observation' if message['role'] == 'tool' else message['role'] %}}"
-    "{{% if message['content'] or role == 'assistant' %}}"
+    "{skip}"
     "{{{{ '<|' ~ role ~ '|>' ~ (message['metadata'] or '') ~ '\n' ~ ('{blank}' if message['content'] else '') ~ message['content'] }}}}"
-    "{{% if message['tools'] %}}{{{{ '\n' ~ message['tools'] | tojson(indent=4) }}}}{{% endif %}}"
-    "{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}{{{{ '<|assistant|>' }}}}{{% endif %}}"
+    "{{% if role == 'system' and 'tools' in message %}}{{{{ '\n' ~ message['tools'] | tojson(indent=4) }}}}{{% endif %}}"
+    "{end}{{% endfor %}}{{% if add_generation_prompt %}}{{{{ '<|assistant|>' }}}}{{% endif %}}"
 )
 # ChatGLM3's tokenizer encodes the header line and the content apart, each with its own leading blank; the blank written here gives
 # the same ids when both are encoded at once.
-CHATGLM3 = _ROLES.format(front="[gMASK]sop", blank=" ")
-GLM4 = _ROLES.format(front="[gMASK]<sop>", blank="")
+CHATGLM3 = _ROLES.format(front="[gMASK]sop", blank=" ", skip="", end="")
+_SKIP = "{% if message['content'] or role == 'assistant' or 'tools' in message %}"  # GLM-4's template leaves empty turns out
+GLM4 = _ROLES.format(front="[gMASK]<sop>", blank="", skip=_SKIP, end="{% endif %}")
 
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 GLM4_PATTERN = (
@@ -103,8 +105,13 @@ def vocabulary(folder: Path) -> Vocabulary | None:
 
 
 def _chatglm1(folder: Path, config: dict[str, Any]) -> Family:
-    needed = ("hidden_size", "num_layers", "num_attention_heads", "vocab_size", "gmask_token_id", "bos_token_id", "eos_token_id")
-    _demand(folder, config, needed)
+    _demand(folder, config, ("hidden_size", "num_layers", "num_attention_heads", "vocab_size", "bos_token_id", "eos_token_id"))
+    early = config["vocab_size"] == 150528
+    config = {
+        "gmask_token_id": config["bos_token_id"] - 3,
+        "pad_token_id": 20003 if early else 3,
+        **config,
+    }  # the first files lack them
     native = {
         "model_type": "chatglm1",
         "architectures": ["ChatGLM1ForCausalLM"],
@@ -121,7 +128,7 @@ def _chatglm1(folder: Path, config: dict[str, Any]) -> Family:
         "gmask_token_id": config["gmask_token_id"],
         "bos_token_id": config["bos_token_id"],
         "eos_token_id": config["eos_token_id"],
-        "pad_token_id": config.get("pad_token_id", 3),
+        "pad_token_id": config["pad_token_id"],
     }
     same = places(
         {
@@ -159,14 +166,21 @@ def _chatglm1_vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
         offset=offset,
     )
     about = _tokenizer_config(CHATGLM1, eos="<eop>", pad="<pad>", bos="<sop>")
-    # The published decode() takes blanks before punctuation away; Template.parse does not.
-    return Vocabulary(made, {**about, "clean_up_tokenization_spaces": True})
+    # The published decode() takes blanks before punctuation away; Template.parse does not. The whole question is seen at once.
+    return Vocabulary(made, {**about, "clean_up_tokenization_spaces": True, "prefix_lm": True})
 
 
 # --- ChatGLM2, ChatGLM3, GLM-4 ----------------------------------------------------------------------------------------------
 
 
 def _glm(folder: Path, config: dict[str, Any]) -> Family:
+    config = {
+        "kv_channels": 128,
+        "seq_length": 2048,
+        "layernorm_epsilon": 1e-5,
+        "multi_query_group_num": 1,
+        **config,
+    }  # its class's defaults
     _demand(folder, config, ("hidden_size", "num_layers", "num_attention_heads", "ffn_hidden_size", "kv_channels", "seq_length"))
     for key, usual in {
         "rmsnorm": True, "post_layer_norm": True, "add_bias_linear": False, "apply_residual_connection_post_layernorm": False,
@@ -239,29 +253,36 @@ def _glm_places(q: int, kv: int, width: int, interleaved: int) -> Places:
     )
 
 
+_BY_NAME = {
+    "chatglm2": "chatglm2", "codegeex2": "chatglm2", "characterglm": "chatglm2", "chatglm3": "chatglm3", "glm4": "glm4", "codegeex4": "glm4",
+}  # fmt: skip
+
+
 def _named(folder: Path, config: dict[str, Any]) -> str:
-    """What the folder says it is: its config's or tokenizer's name, else the folder's own name."""
-    names = [str(config.get("_name_or_path") or ""), str(about_tokenizer(folder).get("name_or_path") or "")]
-    known = r"chatglm[-_]?[23]|glm[-_]?4|codegeex[-_]?[24]|characterglm"
-    found = [re.search(known, name.lower()) for name in [*names, *folder.resolve().parts[:-3:-1]]]
-    return next((hit.group().replace("-", "").replace("_", "") for hit in found if hit), "")
+    """What the folder says it is: its config's or tokenizer's name, else the folder's own; empty where that cannot be."""
+    names = [config.get("_name_or_path"), about_tokenizer(folder).get("name_or_path"), *folder.resolve().parts[:-3:-1]]
+    found = [re.search(r"chatglm[-_]?[23]|glm[-_]?4|codegeex[-_]?[24]|characterglm", str(name or "").lower()) for name in names]
+    known = [hit.group().replace("-", "").replace("_", "") for hit in found if hit]
+    kind = _kind(folder)
+    return next((name for name in known if kind is None or (_BY_NAME[name] == "glm4") == (kind == "tiktoken")), "")
+
+
+def _kind(folder: Path) -> str | None:
+    path = folder / "tokenizer.model"
+    return None if not path.is_file() else "sentencepiece" if vocab.is_sentencepiece(path) else "tiktoken"
 
 
 def _version(folder: Path, config: dict[str, Any]) -> str:
-    """chatglm2 | chatglm3 | glm4: by name; where there is none, by the vocabulary file, then by the config's age."""
-    by_name = {
-        "chatglm2": "chatglm2", "codegeex2": "chatglm2", "characterglm": "chatglm2", "chatglm3": "chatglm3", "glm4": "glm4", "codegeex4": "glm4",
-    }  # fmt: skip
+    """chatglm2 | chatglm3 | glm4: by name; where there is none, by the tokenizer's files, then by the config's age."""
     named = _named(folder, config)
     if named:
-        return by_name[named]
-    if isinstance(config.get("eos_token_id"), list):
+        return _BY_NAME[named]
+    if _kind(folder) == "tiktoken" or isinstance(config.get("eos_token_id"), list):
         return "glm4"
-    path = folder / "tokenizer.model"
-    if path.is_file() and not vocab.is_sentencepiece(path):
-        return "glm4"
-    late = config.get("rope_ratio", 1) != 1 or config.get("seq_length", 0) == 8192
-    return "chatglm3" if late or str(config.get("transformers_version", "")) >= "4.30" else "chatglm2"
+    if "<|user|>" in added(folder) or config.get("rope_ratio", 1) != 1 or config.get("seq_length", 0) == 8192:
+        return "chatglm3"
+    written = re.match(r"(\d+)\.(\d+)", str(config.get("transformers_version", "")))
+    return "chatglm3" if written and (int(written[1]), int(written[2])) >= (4, 30) else "chatglm2"
 
 
 def _glm_vocabulary(folder: Path, version: str, named: str) -> Vocabulary:
@@ -299,6 +320,7 @@ def _tokenizer_config(chat: str, eos: str, pad: str, bos: str | None = None, end
         "eos_token": eos,
         "pad_token": pad,
         "end_tokens": list(ends),
+        "apart": True,  # the published code encodes every text by itself, each with its own leading blank
         "chat_template": chat,
     }
 
@@ -312,8 +334,8 @@ def _file(folder: Path, *names: str) -> Path:
 
 def _demand(folder: Path, config: dict[str, Any], keys: tuple[str, ...]) -> None:
     missing = [key for key in keys if key not in config]
-    odd = [key for key in keys if key != "eos_token_id" and not isinstance(config.get(key, 0), int)]
+    odd = [key for key in keys if key != "eos_token_id" and not (isinstance(config.get(key, 1), int) and config.get(key, 1) > 0)]
     if odd:
-        raise UserError(f"{folder / 'config.json'}: {odd[0]} is {config[odd[0]]!r}; wanted a whole number")
+        raise UserError(f"{folder / 'config.json'}: {odd[0]} is {config[odd[0]]!r}; wanted a whole number above 0")
     if missing:
         raise UserError(f"{folder / 'config.json'} says model_type chatglm but has no {', '.join(missing)}; copy the file again")

@@ -108,9 +108,12 @@ def _object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}); copy the file again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no JSON object; copy the file again")
+    return found
 
 
 def added(folder: Path) -> dict[str, int]:

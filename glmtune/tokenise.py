@@ -1,0 +1,222 @@
+"""Sources -> a store of training sequences, by all cores; made once and found again by what it follows from."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from . import __version__, data, mixing, sources, store
+from .chat import Template
+from .errors import UserError
+from .hub import cache_root
+from .stages import STAGES, Limits, Stage, Tally, finish
+from .store import Block, Store, Writer
+
+CHUNK = 256  # rows that a worker takes at once
+KEEP = 2000  # rows from which on a store is kept on the disk
+PARALLEL = 1000  # rows from which on several processes are worth their start
+
+Progress = Callable[[int], None]  # told the rows so far
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Everything that the sequences of some sources follow from."""
+
+    sources: list[sources.Found]
+    stage: str
+    template: Template
+    limits: Limits
+    system: str | None = None
+    variables: dict[str, str] | None = None
+    join: str = "\n"
+    all_variables: bool = True
+    stored: Path | None = None  # instead of sources: a folder that was tokenised before
+
+    def key(self) -> str:
+        """Names the store: contents of the files, how they are read, the template with its tokenizer, the length policy, this program."""
+        template, tokens = self.template, self.template.tokens
+        reading = [
+            [s.path, s.format, s.columns, s.max_samples, s.system, s.adapt, [[name, _digest(path)] for path, name in s.files]]
+            for s in self.sources
+        ]
+        written = [template.name, template.jinja, template.learn, template.default_system, tokens.json, tokens.config]
+        how = [self.stage, asdict(self.limits), self.system, self.variables, self.join]
+        return store.key([__version__, _program(), reading, written, how])
+
+
+def tokenised(
+    wanted: Wanted,
+    folder: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    workers: int | None = None,
+    progress: Progress = lambda rows: None,
+    keep: bool = False,
+) -> Store:
+    """The store of these sources: an entry of `data` that is a store itself, one that was made before, or a new one.
+
+    folder: where it is to be (`glmtune data tokenize --to`); None: in the cache, or only in memory where it is small
+    and `keep` does not say otherwise. workers: processes; None: as many as there are cores.
+    Raises UserError for the first bad row, for rows beyond the length policy, and when nothing can be learned.
+    """
+    if wanted.stored is not None:
+        return _opened(wanted, wanted.stored)
+    key = wanted.key()
+    place = folder or cache_root() / "tokens" / key
+    found = Store.open(place)
+    if found is not None and found.about["key"] == key:
+        if folder is None:
+            say(f"tokenised before: {len(found)} sequences from the cache")
+        return found
+    return _make(wanted, key, place, keep or folder is not None, say, workers or os.cpu_count() or 1, progress)
+
+
+def is_store(path: str) -> bool:
+    return (Path(path).expanduser() / "ids.bin").is_file()
+
+
+def _opened(wanted: Wanted, path: Path) -> Store:
+    """A folder that `glmtune data tokenize --to` made, here or on another machine."""
+    found = Store.open(path)
+    if found is None:
+        raise UserError(f"{path} is damaged, or made by another version; make it again: glmtune data tokenize ... --to DIR")
+    for name, here in _about(wanted).items():
+        if found.about[name] != here:
+            what = {"template": "another chat format or tokenizer", "stage": f"stage {found.about['stage']}"}.get(name)
+            raise UserError(
+                f"{path} was tokenised for {what or f'{name} {found.about[name]}'}, this run has {here if not what else 'its own'}; "
+                "make it again for this model: glmtune data tokenize ... --to DIR"
+            )
+    return found
+
+
+def _about(wanted: Wanted) -> dict[str, Any]:
+    """What a store must have in common with a run that uses it."""
+    return {
+        "template": _template_name(wanted.template),
+        "stage": wanted.stage,
+        "learn": wanted.template.learn,
+        "max_length": wanted.limits.max_length,
+    }
+
+
+def _make(wanted: Wanted, key: str, place: Path, kept: bool, say: Callable[[str], None], workers: int, progress: Progress) -> Store:
+    tally, stream = Tally(), data.stream(
+        wanted.sources, system=wanted.system, variables=wanted.variables, join=wanted.join, want=STAGES[wanted.stage].want,
+        all_variables=wanted.all_variables,
+    )  # fmt: skip
+    waiting: list[Block] = []
+    writer: Writer | None = None
+    try:
+        for block, part in _encoded(_chunks(stream), wanted, workers):
+            tally.add(part)
+            progress(tally.rows)
+            waiting.append(block)
+            if writer is None and (kept or tally.rows >= KEEP):
+                try:
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    writer = Writer(place)
+                except OSError:
+                    if kept:
+                        raise UserError(f"{place} cannot be written; choose another folder") from None
+                    kept = False  # a cache that cannot be written: the sequences stay in memory
+                    continue
+            if writer is not None:
+                for one in waiting:
+                    writer.add(one)
+                waiting.clear()
+        finish(tally, wanted.limits)
+        about = {
+            "key": key,
+            "counts": tally.counts,
+            "rows": tally.rows,
+            "notes": stream.notes,
+            "spans": [asdict(span) for span in stream.spans],
+            **_about(wanted),
+        }
+        return writer.done(about) if writer is not None else Store.in_memory(waiting, about)
+    except BaseException:
+        if writer is not None:
+            writer.drop()
+        raise
+
+
+def _chunks(stream: Any) -> Iterator[list[tuple[int, int, Any]]]:
+    """(row number, content hash, record) of up to CHUNK rows at a time."""
+    held: list[tuple[int, int, Any]] = []
+    for number, (_, record) in enumerate(stream):
+        held.append((number, mixing.content_hash(record), record))
+        if len(held) == CHUNK:
+            yield held
+            held = []
+    if held:
+        yield held
+
+
+_WORK: tuple[Stage, Template, Limits] | None = None  # what a worker needs; it gets it by being forked
+
+
+def _encode(rows: list[tuple[int, int, Any]]) -> tuple[Block, Tally]:
+    assert _WORK is not None
+    stage, template, limits = _WORK
+    tally = Tally(rows=len(rows))
+    template.differs.clear()
+    made = [(number, content, example) for number, content, row in rows for example in stage.encode(template, row, limits, tally)]
+    tally.made = len(made)
+    tally.counts += Counter({f"rows: {reason}": count for reason, count in template.differs.items()})
+    return Block.of(made), tally
+
+
+def _encoded(chunks: Iterator[list[tuple[int, int, Any]]], wanted: Wanted, workers: int) -> Iterator[tuple[Block, Tally]]:
+    """Blocks in the order of the rows. The first rows are done here: most data is small, and a broken template is told at once."""
+    global _WORK
+    _WORK = (STAGES[wanted.stage], wanted.template, wanted.limits)
+    rows = 0
+    for chunk in chunks:
+        yield _encode(chunk)
+        rows += len(chunk)
+        if workers > 1 and rows >= PARALLEL and sys.platform == "linux":
+            break
+    else:
+        return
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
+        yield from _ordered(pool, chunks, ahead=4 * workers)
+
+
+def _ordered(pool: Any, chunks: Iterator[Any], ahead: int) -> Iterator[tuple[Block, Tally]]:
+    """As pool.imap, but reads only so far ahead: imap would read the whole source into memory."""
+    pending: list[Any] = []
+    for chunk in chunks:
+        pending.append(pool.apply_async(_encode, (chunk,)))
+        if len(pending) >= ahead:
+            yield pending.pop(0).get()
+    for one in pending:
+        yield one.get()
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _program() -> str:
+    """Of the source files that sequences follow from: a changed program makes them anew."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in ("blocks", "reading", "sources", "forms", "tools", "data", "chat", "stages", "store"):
+        path = Path(__file__).with_name(name + ".py")
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    return digest.hexdigest()
+
+
+def _template_name(template: Template) -> str:
+    """Of a template with its tokenizer, to tell whether a store fits a model."""
+    return hashlib.blake2b(json.dumps([template.jinja, template.tokens.json]).encode(), digest_size=16).hexdigest()

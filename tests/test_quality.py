@@ -1,0 +1,116 @@
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from glmtune import quality
+
+from .damage import CHINESE, LONG
+
+WORDS = [f"{a}{b}" for a in "bdfgklmnprst" for b in ("ala", "ero", "ini", "onu", "usa", "emi")]
+
+
+def text_of(words: int, seed: int) -> str:
+    return " ".join(random.Random(seed).choices(WORDS, k=words))
+
+
+def test_near_duplicates_names_the_earlier_text_and_the_share_of_common_pieces() -> None:
+    one = text_of(40, 1)
+    changed = one.rsplit(" ", 1)[0] + " other"
+    found = quality.near_duplicates([text_of(40, 2), one, text_of(40, 3), changed])
+    # 40 words are 38 pieces of three; the last word stands in one of them: 37 common of 39
+    assert found == [quality.Near(3, 1, pytest.approx(37 / 39))]
+
+
+@pytest.mark.parametrize("changes", [0, 1, 2])
+def test_few_near_duplicates_are_missed_and_none_is_wrong(changes: int) -> None:
+    texts = [text_of(60, seed) for seed in range(200)]
+    again = []
+    for seed, text in enumerate(texts):
+        words = text.split()
+        for at in random.Random(seed).sample(range(60), changes):
+            words[at] = "other"
+        again.append(" ".join(words))
+    found = quality.near_duplicates(texts + again)
+    assert all(near.later == near.earlier + 200 and near.share >= quality.NEAR for near in found)
+    assert len(found) >= 190
+
+
+def test_short_texts_are_not_near_each_other() -> None:
+    assert quality.near_duplicates([f"What is {i}? It is {i}." for i in range(50)]) == []
+
+
+def test_chinese_texts_are_compared_by_characters() -> None:
+    assert [(n.later, n.earlier) for n in quality.near_duplicates([CHINESE * 2, LONG, CHINESE * 2 + "吗？"])] == [(2, 0)]
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        (LONG, "Latin script"),
+        (CHINESE, "Chinese"),
+        ("「きょうは天気がいいですね」と言いました。", "Japanese"),
+        ("안녕하세요, 반갑습니다.", "Korean"),
+        ("Привет, мир", "Cyrillic script"),
+        ("مرحبا بالعالم", "Arabic script"),
+        ("Voilà, ça marche", "Latin script"),
+        ("Translate: " + CHINESE, "Chinese"),
+        ("1 + 1 = 2", ""),
+        ("…", ""),
+        ("", ""),
+    ],
+)
+def test_language(text: str, language: str) -> None:
+    assert quality.language(text) == language
+
+
+@given(st.lists(st.integers(0, 100_000), min_size=1, max_size=60))
+def test_a_histogram_counts_every_length_once(sizes: list[int]) -> None:
+    found = quality.lengths(sizes, "tokens")
+    bins = found["histogram"]
+    assert len(bins) <= 12 and sum(count for _, _, count in bins) == len(sizes)
+    assert all(count == sum(low <= size <= high for size in sizes) for low, high, count in bins)
+    assert found["shortest"] <= found["p50"] <= found["p95"] <= found["longest"] == max(sizes)
+
+
+def test_lengths_worked_out_by_hand() -> None:
+    found = quality.lengths([3, 4, 5, 12, 21], "tokens")
+    assert (found["shortest"], found["p50"], found["longest"], found["mean"]) == (3, 5, 21, 9.0)
+    assert found["histogram"][0] == [2, 3, 1] and len(found["histogram"]) == 10  # steps of two: 21 // 1 - 3 // 1 is 18 steps of one
+    assert quality.lengths([], "tokens") == {}
+
+
+# Every control token that the families of this project write (ChatGLM 1 to 3, GLM-4, Llama 2 and 3, Qwen, InternLM, Baichuan, others).
+SPECIAL = """[gMASK] [sMASK] [MASK] <sop> <eop> <|system|> <|user|> <|assistant|> <|observation|> <|endoftext|> <|begin_of_image|>
+<s> </s> [INST] [/INST] <<SYS>> <</SYS>> <|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|> <|python_tag|>
+<|im_start|> <|im_end|> <tool_call> </tool_call> <eoh> <eoa> <|action_start|> <|plugin|> <reserved_106> <reserved_107>
+<start_of_turn> <end_of_turn> <bos> <eos> <pad> <unk> <｜User｜> <｜begin▁of▁sentence｜> [TOOL_CALLS]"""
+
+
+@pytest.mark.parametrize("token", SPECIAL.split())
+def test_special_tokens_of_every_family_are_found_inside_texts(token: str) -> None:
+    found = quality.damage({"a": {"b": [f"Yes.{token}No."]}})
+    assert list(found) == ["leaked-special-token"] and token in found["leaked-special-token"].message
+
+
+GOOD = ["Voilà, ça marche : « CAFÉ » à 5 °C.", "NÃO É UM PROBLEMA", "Это русский текст. РСФСР, С° и Р.", "10 µm ± 0.5 Â", "<b>bold</b> & 3 < 4", "Ça déjà vu",
+        "#travel", "· · · ····", "你好！很高兴认识你", "骆驼祥子是老舍的小说。", "繁體中文也可以，謝謝您。", "ひらがなとカタカナ", "मैं घर जाता हूँ", "😀 👩‍👩‍👧 é",
+        "x <| y |> z", "[1, 2] and <3", "Ελληνικά", "Ünïcödé ÄÖÜ", "tab\there\nline", "한국어 텍스트", "<think>so</think>", "‘quotes’ – “dashes” — … €"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", GOOD)
+def test_good_text_is_not_damaged(text: str) -> None:
+    assert quality.damage(text) == {}
+
+
+@pytest.mark.parametrize("text", ["Yes.", "42", "Paris", "None", "She said: yes", LONG, CHINESE * 3, "- one\n- two\n- three", "[1] is the first", LONG + "\n\n- Anna",
+                                  "```\ncode\n```", '{"a": 1}', LONG + "(see https://example.org/a", "A good song is Hey Jude and Let It Be"])  # fmt: skip
+def test_whole_answers_do_not_look_cut(text: str) -> None:
+    assert quality.answer_damage(text) is None
+
+
+@given(st.text(alphabet=st.characters(min_codepoint=0x4E00, max_codepoint=0x9FA5), min_size=5, max_size=30))
+def test_chinese_read_in_a_wrong_encoding_is_damage(text: str) -> None:
+    assert "encoding-damage" in quality.damage(text.encode().decode("latin-1"))
+    assert "encoding-damage" in quality.damage(text.encode().decode("gbk", "replace"))
