@@ -90,8 +90,14 @@ with tempfile.TemporaryDirectory() as folder:
             speed["glmtune"].append(ours["rows"] / ours["seconds"])
             speed["datasets.map"].append(theirs["rows"] / theirs["seconds"])
         ratio = sum(speed["glmtune"]) / sum(speed["datasets.map"])
-        print(f"{workers} process(es): " + ", ".join(f"{n} {' and '.join(f'{v:,.0f}' for v in vs)} rows/s" for n, vs in speed.items()) + f"; ratio {ratio:.2f}")
-        print(f"  peak of the parent: glmtune {ours['peak_mb']:.0f} MB, datasets.map {theirs['peak_mb']:.0f} MB; {ours['tokens']} tokens, {ours['learned']} learned")
+        print(
+            f"{workers} process(es): "
+            + ", ".join(f"{n} {' and '.join(f'{v:,.0f}' for v in vs)} rows/s" for n, vs in speed.items())
+            + f"; ratio {ratio:.2f}"
+        )
+        print(
+            f"  peak of the parent: glmtune {ours['peak_mb']:.0f} MB, datasets.map {theirs['peak_mb']:.0f} MB; {ours['tokens']} tokens, {ours['learned']} learned"
+        )
     again = child(OURS, MODEL, data, 2, GLMTUNE_CACHE=str(work / "cache-2-1" / "ours"))
     print(f"second start from the cache: {again['seconds']:.2f} s")
 print(f"(peak of this script {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:.0f} MB, {time.strftime('%Y-%m-%d')})")

@@ -1,6 +1,6 @@
 """Peak memory and time of loading a ChatGLM3-6B-sized folder (6.2 B parameters, random numbers, bf16) and running one forward.
 
-    python bench/load_6b.py FOLDER [bf16|fp16|fp32]     FOLDER is made first where it is missing (12.5 GB in shards)
+python bench/load_6b.py FOLDER [bf16|fp16|fp32]     FOLDER is made first where it is missing (12.5 GB in shards)
 """
 
 import json
@@ -49,7 +49,9 @@ def make(folder: Path) -> None:
         size += 2 * torch.Size(shape).numel()
     for i, group in enumerate(groups, 1):
         file = f"model-{i:05d}-of-{len(groups):05d}.safetensors"
-        save_file({n: pattern.repeat(-(-torch.Size(s).numel() >> 20))[: torch.Size(s).numel()].view(s) for n, s in group}, folder / file)
+        save_file(
+            {n: pattern.repeat(-(-torch.Size(s).numel() >> 20))[: torch.Size(s).numel()].view(s) for n, s in group}, folder / file
+        )
         where |= {n: file for n, _ in group}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     (folder / "config.json").write_text(json.dumps(CONFIG))
@@ -69,8 +71,12 @@ model = families.load_model(folder, dtype=sys.argv[2] if len(sys.argv) > 2 else 
 loaded, seconds = peak(), time.time() - start
 weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
 print(f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f} B parameters, {weights:.2f} GB as {model.dtype}")
-print(f"loaded in {seconds:.0f} s; peak above the start {loaded - before:.2f} GB = {(loaded - before) / weights:.3f} times the weights")
+print(
+    f"loaded in {seconds:.0f} s; peak above the start {loaded - before:.2f} GB = {(loaded - before) / weights:.3f} times the weights"
+)
 start = time.time()
 with torch.inference_mode():
     logits = model(torch.arange(16).unsqueeze(0)).logits
-print(f"one forward of 16 tokens: {time.time() - start:.1f} s, logits {tuple(logits.shape)}, finite: {bool(logits.isfinite().all())}; peak {peak():.2f} GB")
+print(
+    f"one forward of 16 tokens: {time.time() - start:.1f} s, logits {tuple(logits.shape)}, finite: {bool(logits.isfinite().all())}; peak {peak():.2f} GB"
+)

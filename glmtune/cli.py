@@ -570,6 +570,31 @@ def _print_designs(scores: dict[str, Any]) -> None:
         print(f"{name:{width}}   {shares}")
 
 
+@data_app.command("list", epilog="Example:  glmtune data list    then    glmtune train model=... data=alpaca_zh out=...")
+def data_list(
+    registry: Annotated[
+        str | None, typer.Option(help="A data.yaml or dataset_info.json; not given: data.yaml here, if any.", show_default=False)
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Data sets that `data=` knows by name: your own registry's, and public ones."""
+    from . import sources
+
+    known = sources.names(registry)
+    if json_:
+        print(
+            json.dumps(
+                {name: {k: v for k, v in vars(entry).items() if v} for name, entry in known.items()},
+                ensure_ascii=False,
+                default=str,
+            )
+        )
+        return
+    width = max(map(len, known))
+    for name, entry in known.items():
+        print(f"{name:{width}}  {entry.path or entry.hub or ''}  {entry.note or ''}".rstrip())
+
+
 def version(show_it: bool) -> None:
     if show_it:
         print(f"glmtune {__version__}")

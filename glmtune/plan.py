@@ -82,6 +82,7 @@ def make(run: Run, say: Callable[[str], None] = lambda text: None) -> Plan:
         notes.append(
             f"dev: {len(set(train.arrays['row'][dev.index].tolist()))} of {train.about['rows']} rows, chosen by their content (eval.share {run.eval.share:g})"
         )
+    notes += _shares(examples) if len(wanted_rows.sources) > 1 else []
     notes += _learning_rate(run)
     beyond = [length for length in examples.lengths if reads is not None and length > reads]
     if beyond:
@@ -112,6 +113,17 @@ def wanted(run: Run, say: Callable[[str], None]) -> tuple[Path, Wanted]:
     return folder, Wanted(found, run.stage.kind, template, limits, run.system, run.variables, join, stored=place)
 
 
+def _shares(examples: Chosen) -> list[str]:
+    """What each source is of an epoch: of its rows, and of what is learned."""
+    rows, learned = examples.store.arrays["row"][examples.index], examples.store.arrays["learned"][examples.index]
+    said = []
+    for span in examples.store.about["spans"]:
+        here = (rows >= span["start"]) & (rows < span["start"] + span["count"])
+        share, part = here.sum() / len(rows), learned[here].sum() / max(1, learned.sum())
+        said.append(f"{span['path']}: {share:.1%} of the sequences of an epoch, {part:.1%} of the learned tokens")
+    return said
+
+
 def _said(made: Store) -> list[str]:
     return [f"{count} {reason}" for reason, count in made.about["counts"].items()]
 
@@ -128,7 +140,7 @@ def _sides(run: Run, made: Store, found: Sequence[sources.Found]) -> tuple[Chose
     def sequences(chosen: Any) -> np.ndarray:
         if len(starts) == len(rows):  # one sequence a row
             return np.asarray(chosen, dtype=np.int64)
-        return np.concatenate([np.arange(starts[i], ends[i]) for i in chosen] or [np.zeros(0, dtype=np.int64)])
+        return np.concatenate([np.arange(int(starts[i]), int(ends[i])) for i in chosen] or [np.zeros(0, dtype=np.int64)])
 
     train = np.flatnonzero(~dev)
     counts = [

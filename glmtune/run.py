@@ -94,7 +94,39 @@ class Pretrain(Options):
     kind: Literal["pretrain"] = "pretrain"
 
 
-STAGES: dict[str, type[Options]] = {"sft": Sft, "pretrain": Pretrain}
+class Reward(Options):
+    """A reward model. Not built yet: `show` and `data check` read its rows (preferences), `train` refuses."""
+
+    kind: Literal["reward"] = "reward"
+
+
+class Dpo(Options):
+    """Direct preference optimisation. Not built yet: `show` and `data check` read its rows (preferences), `train` refuses."""
+
+    kind: Literal["dpo"] = "dpo"
+
+
+class Kto(Options):
+    """Labels instead of pairs. Not built yet: `show` and `data check` read its rows (good and bad answers), `train` refuses."""
+
+    kind: Literal["kto"] = "kto"
+
+
+class Ppo(Options):
+    """Not built yet: `show` and `data check` read its rows (prompts), `train` refuses."""
+
+    kind: Literal["ppo"] = "ppo"
+
+
+class Grpo(Options):
+    """Not built yet: `show` and `data check` read its rows (prompts), `train` refuses."""
+
+    kind: Literal["grpo"] = "grpo"
+
+
+STAGES: dict[str, type[Options]] = {
+    "sft": Sft, "pretrain": Pretrain, "reward": Reward, "dpo": Dpo, "kto": Kto, "ppo": Ppo, "grpo": Grpo,
+}  # fmt: skip
 
 
 class Lora(Options):

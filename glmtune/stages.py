@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .batch import Batch
-from .chat import Template, encode_document
+from .chat import Template, align, encode_document
 from .errors import UserError
 from .forms import Want
-from .records import Conversation, Document, Example
+from .records import Conversation, Document, Example, Labelled, Preference
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Tally:
 class Stage:
     want: Want  # what data.stream is asked for
     encode: Callable[[Template, Any, Limits, Tally], list[Example]]  # one row -> its sequences
-    loss: Callable[[Any, Batch], Any]  # (forward, batch) -> sum over learned tokens; the loop divides by the step's total weight
+    # (forward, batch) -> sum over learned tokens; the loop divides by the step's total weight. None: only its rows are read so far.
+    loss: Callable[[Any, Batch], Any] | None = None
 
 
 def encode_conversation(template: Template, row: Conversation, limits: Limits, tally: Tally) -> list[Example]:
@@ -130,6 +131,26 @@ def encode_text(template: Template, row: Document, limits: Limits, tally: Tally)
     return pieces
 
 
+def encode_preference(template: Template, row: Preference, limits: Limits, tally: Tally) -> list[Example]:
+    """The better answer's sequence, then the worse one's."""
+    pair = [Conversation((*row.turns, answer), row.where, weight=row.weight) for answer in (row.chosen, row.rejected)]
+    return [example for one in pair for example in encode_conversation(template, one, limits, tally)]
+
+
+def encode_labelled(template: Template, row: Labelled, limits: Limits, tally: Tally) -> list[Example]:
+    return encode_conversation(template, Conversation(row.turns, row.where, weight=row.weight), limits, tally)
+
+
+def encode_prompt(template: Template, row: Conversation, limits: Limits, tally: Tally) -> list[Example]:
+    """What the model is to answer: nothing of it is learned. Raises UserError where there is no room left for an answer."""
+    ids = template.prompt(row)
+    if len(ids) >= limits.longest:
+        tally.long += 1
+        tally.longest = max(tally.longest, (len(ids), row.where), key=lambda pair: pair[0])
+        return []
+    return [align(ids, [0.0] * len(ids), row.where)]
+
+
 def _next_token(forward: Any, batch: Batch) -> Any:
     return forward.nll(batch)
 
@@ -137,4 +158,9 @@ def _next_token(forward: Any, batch: Batch) -> Any:
 STAGES: dict[str, Stage] = {
     "sft": Stage("answers", encode_conversation, _next_token),
     "pretrain": Stage("text", encode_text, _next_token),
+    "reward": Stage("preferences", encode_preference),
+    "dpo": Stage("preferences", encode_preference),
+    "kto": Stage("labels", encode_labelled),
+    "ppo": Stage("prompts", encode_prompt),
+    "grpo": Stage("prompts", encode_prompt),
 }

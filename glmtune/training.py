@@ -76,6 +76,10 @@ def train(run: Run, *, resume: bool = False, screen: Screen | None = None) -> Re
 
     Raises UserError for everything the user can mend, before the model is loaded where possible; Interrupted after Ctrl-C, when a checkpoint has been written.
     """
+    if STAGES[run.stage.kind].loss is None:
+        raise UserError(
+            f"stage {run.stage.kind} cannot be trained yet; `glmtune show` and `glmtune data check` read its rows already"
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: training on several processes is not built yet; start one process"
@@ -324,7 +328,9 @@ class _Training:
         self.optimizer = torch.optim.AdamW(
             [g for g in groups if g["params"]], lr=settings["lr"], fused=self.device.type in ("cpu", "cuda")
         )
-        self.stage = STAGES[options_.stage.kind]
+        stage = STAGES[options_.stage.kind]
+        assert stage.loss is not None  # train() refuses the others
+        self.loss = stage.loss
         self.trackers: list[Callable[[dict[str, Any]], None]] = []
         self.stopping = False
 
@@ -439,7 +445,7 @@ class _Training:
         total_weight = sum(sum(self.plan.examples[row].weights) for row in rows)
         loss, tokens = 0.0, 0
         for micro in self._batches(self.plan.examples, rows):
-            part = self.stage.loss(self.forward, micro) / total_weight
+            part = self.loss(self.forward, micro) / total_weight
             part.backward()
             loss += part.item()
             tokens += micro.num_tokens
@@ -479,7 +485,7 @@ class _Training:
         with torch.no_grad():
             for start in range(0, len(dev), 64):
                 for micro in self._batches(dev, list(range(start, min(start + 64, len(dev))))):
-                    total += float(self.stage.loss(self.forward, micro))
+                    total += float(self.loss(self.forward, micro))
                     weight += float(micro.weights.sum())
         self.model.train(training)
         self.forward.noise = noise

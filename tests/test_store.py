@@ -219,6 +219,7 @@ def test_a_run_reads_sources_as_often_as_their_weights_say(tiny_model, tmp_path)
     made = plan.make(load_run(None, settings_))
     names = [example.where.rpartition("/")[2].split(".")[0] for example in made.examples]
     assert names.count("a") == 20 and names.count("b") == 5
+    assert any("a.jsonl: 80.0% of the sequences" in note and "80.0% of the learned" in note for note in made.notes)
     assert len({e.where for e in made.examples if "/a." in e.where}) == 10
 
 
