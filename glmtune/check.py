@@ -17,8 +17,10 @@ from . import quality
 from .data import Problem, parse_items, problem_of
 from .errors import UserError
 from .forms import Form, Reading, Record, Want, choose_forms, open_file, recognise
-from .reading import Broken, DataError, File, Item, find_files
+from .reading import Broken, DataError, File, Item
 from .records import Conversation, Document, Labelled, Preference
+from .run import Source
+from .sources import find
 
 Encode = Callable[[Conversation | Document], int]
 
@@ -109,7 +111,8 @@ def _rows(files: Iterable[Checked]) -> Iterator[Row]:
 
 def examine(paths: Sequence[str | Path], columns: dict[str, str] | None = None, format: str | None = None) -> list[Checked]:
     """Every file behind the paths, with its rows and what each alone, and being there twice, has wrong."""
-    files = [_examine_file(path, name, columns, format) for given in paths for path, name in find_files(str(given))]
+    found = find([Source(path=str(given), columns=columns, format=format) for given in paths])
+    files = [_examine_file(path, name, one.columns, one.format) for one in found for path, name in one.files]
     _find_duplicates(files)
     return files
 

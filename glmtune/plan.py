@@ -92,7 +92,7 @@ def make(run: Run, say: Callable[[str], None] = lambda text: None) -> Plan:
     parameters = families.num_parameters(folder)
     trainable = estimate.lora_parameters(shapes, targets, run.method.rank, shared) if targets else parameters
     return Plan(
-        run, folder, template, examples, dev, _questions(run, template, reading, reads), targets,
+        run, folder, template, examples, dev, _questions(run, template, wanted_rows.sources, reading, reads), targets,
         estimate.Shape.of(families.config_of(folder), parameters, trainable), notes,
     )  # fmt: skip
 
@@ -163,21 +163,23 @@ def _learning_rate(run: Run) -> list[str]:
     return []
 
 
-def _questions(run: Run, template: Template, reading: dict[str, Any], reads: int | None) -> list[Question]:
+def _questions(
+    run: Run, template: Template, found: list[sources.Found], reading: dict[str, Any], reads: int | None
+) -> list[Question]:
     if run.samples is None:
-        if STAGES[run.stage.kind].want != "answers" or is_store(run.data[0].path):
+        if STAGES[run.stage.kind].want != "answers":
             return []
-        first = islice(data.stream(run.data, want="answers", all_variables=False, registry=run.registry, **reading), 3)
+        first = islice(data.stream(found, want="answers", all_variables=False, **reading), 3)
         usual = [_question("training data", row, template, None, None) for _, row in first]
         return [question for question in usual if reads is None or len(question.ids) < reads]
     made = []
     for probe in run.samples:
         source = Source(path=probe.path, format=probe.format, columns=probe.columns)
         system = probe.system if probe.system is not None else reading["system"]
-        found = data.load([source], want="prompts", all_variables=False, **{**reading, "system": system})
+        asked = data.load([source], want="prompts", all_variables=False, **{**reading, "system": system})
         contains = [_filled(text, run.variables) for text in probe.contains] if probe.contains else None
         name = probe.name or Path(probe.path).stem
-        made += [_question(name, row, template, contains, probe.wanted if contains else None) for row in found.rows]
+        made += [_question(name, row, template, contains, probe.wanted if contains else None) for row in asked.rows]
     for question in made:
         if reads is not None and len(question.ids) >= reads:
             raise UserError(f"{question.where}: the question has {len(question.ids)} tokens; this model reads {reads} at most")

@@ -43,7 +43,7 @@ class Wanted:
         """Names the store: contents of the files, how they are read, the template with its tokenizer, the length policy, this program."""
         template, tokens = self.template, self.template.tokens
         reading = [
-            [s.path, s.format, s.columns, s.max_samples, s.system, s.adapt, [[name, _digest(path)] for path, name in s.files]]
+            [s.path, s.format, s.columns, s.max_samples, s.system, s.tags, [[name, _digest(path)] for path, name in s.files]]
             for s in self.sources
         ]
         written = [template.name, template.jinja, template.learn, template.default_system, tokens.json, tokens.config]
