@@ -320,7 +320,9 @@ def test_float32_sums_decide_a_near_tie(published, shared):
 
 
 def test_early_chatglm_stands_behind_the_image_tokens(published, shared):
-    early = Tokens(vocab.from_sentencepiece(shared / "tokenizers" / "chatglm1" / "ice_text.model", **EARLY_CHATGLM1), {"apart": True})
+    early = Tokens(
+        vocab.from_sentencepiece(shared / "tokenizers" / "chatglm1" / "ice_text.model", **EARLY_CHATGLM1), {"apart": True}
+    )
     marks = {"[MASK]": 150000, "[gMASK]": 150001, "<sop>": 150004, "<eop>": 150005, "<pad>": 20003}
     assert {name: early.special[name] for name in marks} == marks
     for text in ["你好，world!\n\n  <n> 👍🏽", "<image_5> <image_19999>", "[gMASK]<sop><0x0A>", *rows(shared)[::50]]:
