@@ -20,7 +20,7 @@ from .forms import Form, Reading, Record, Want, choose_forms, open_file, recogni
 from .reading import Broken, DataError, File, Item
 from .records import Conversation, Document, Labelled, Preference
 from .run import Source
-from .sources import find
+from .sources import Found, find
 
 Encode = Callable[[Conversation | Document], int]
 
@@ -112,12 +112,13 @@ def _rows(files: Iterable[Checked]) -> Iterator[Row]:
 def examine(paths: Sequence[str | Path], columns: dict[str, str] | None = None, format: str | None = None) -> list[Checked]:
     """Every file behind the paths, with its rows and what each alone, and being there twice, has wrong."""
     found = find([Source(path=str(given), columns=columns, format=format) for given in paths])
-    files = [_examine_file(path, name, one.columns, one.format) for one in found for path, name in one.files]
+    files = [_examine_file(path, name, one) for one in found for path, name in one.files]
     _find_duplicates(files)
     return files
 
 
-def _examine_file(path: Path, name: str, columns: dict[str, str] | None, format: str | None) -> Checked:
+def _examine_file(path: Path, name: str, source: Found) -> Checked:
+    columns, format = source.columns, source.format
     checked = Checked(name)
     try:
         checked.file = open_file(path, name)
@@ -129,7 +130,7 @@ def _examine_file(path: Path, name: str, columns: dict[str, str] | None, format:
     checked.want = _use(values, columns, format)
     reading = Reading(checked.want, format=format, columns=columns)
     try:
-        parsed = parse_items(checked.file, items, reading)
+        parsed = parse_items(checked.file, items, reading, source.adapt)
     except DataError as error:
         checked.problems += [] if checked.problems else [problem_of(name, error)]
         checked.rows = [Row(item, [problem_of(name, item)] if isinstance(item, Broken) else [], refused=True) for item in items]

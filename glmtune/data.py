@@ -257,10 +257,11 @@ def _count_keys(keys: Counter[str], values: Iterable[Any]) -> None:
             keys.update(value.keys())
 
 
-def parse_items(file: File, items: list[Item | Broken], reading: Reading) -> Parsed:
-    """The records of a file's items and what is wrong with the others, in order; raises DataError as Rows does."""
-    rows = Rows(file, items, reading, head=None)
-    outcomes = [(item, made if isinstance(made, Problem) else made[0]) for item, made in rows]
+def parse_items(file: File, items: list[Item | Broken], reading: Reading, adapt: Callable[[Any], Any] = lambda row: row) -> Parsed:
+    """The records of a file's items and what is wrong with the others, in order; a row with several answers is there several times.
+    Raises DataError as Rows does."""
+    rows = Rows(file, items, reading, adapt, head=None)
+    outcomes = [(item, one) for item, made in rows for one in ([made] if isinstance(made, Problem) else made)]
     return Parsed(outcomes, rows.notes, rows.form)
 
 

@@ -126,16 +126,20 @@ def recognise(row: dict[str, Any], want: Want) -> Form | None:
 
 
 def _fits(name: str, form: Form, row: dict[str, Any], need: Want) -> bool:
+    pair = "chosen" in row and "rejected" in row
+    if need == "preferences" and name != "preference":
+        two = row.get("output") if form.names.get("response") == "output" else None
+        if not pair and not (isinstance(two, list) and len(two) == 2):
+            return False
     if name == "belle":
         return _has_rounds(row["instruction"])
     if name in _FREE:
         return form.names["response"] in row
-    pair = "chosen" in row and "rejected" in row
     if name == "preference":
         return (
             need == "preferences" and pair and ("prompt" in row or not isinstance(row["chosen"], str) or _has_rounds(row["chosen"]))
         )
-    return need != "preferences" or pair or isinstance(row.get(form.names.get("response", "")), list)
+    return True
 
 
 def _traits(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -73,9 +73,8 @@ def make(run: Run, say: Callable[[str], None] = lambda text: None) -> Plan:
     notes = [*train.about["notes"], *_said(train)]
     examples, dev = _sides(run, train, wanted_rows.sources)
     if run.eval.data:
-        other = tokenised(
-            replace(wanted_rows, sources=sources.find(run.eval.data, run.registry, say), all_variables=False, stored=None), say=say
-        )
+        held, place = _found(run, run.eval.data, say)
+        other = tokenised(replace(wanted_rows, sources=held, all_variables=False, stored=place), say=say)
         dev = Chosen(other, np.arange(len(other)))
         notes += [f"dev: {note}" for note in [*other.about["notes"], *_said(other)]]
     elif dev is not None:
@@ -105,12 +104,24 @@ def wanted(run: Run, say: Callable[[str], None]) -> tuple[Path, Wanted]:
     rotary = any(key.startswith(("rope", "position_encoding")) for key in families.config_of(folder))
     limits = Limits(run.max_length, run.too_long, None if rotary else families.reads_at_most(folder))
     join = run.join if run.join is not None else JOIN.get(str(run.template), "\n")
-    stored = next((source.path for source in run.data if is_store(source.path)), None)
-    if stored is not None and len(run.data) > 1:
-        raise UserError(f"{stored} holds tokenised rows and must be the only entry of data; tokenise the others with it")
-    found = [] if stored is not None else sources.find(run.data, run.registry, say)
-    place = None if stored is None else Path(stored).expanduser()
+    found, place = _found(run, run.data, say)
     return folder, Wanted(found, run.stage.kind, template, limits, run.system, run.variables, join, stored=place)
+
+
+def _found(run: Run, given: Sequence[Source], say: Callable[[str], None]) -> tuple[list[sources.Found], Path | None]:
+    """The files of sources; or a folder of tokenised rows, which stands alone and as it was made."""
+    stored = next((source for source in given if is_store(source.path)), None)
+    if stored is None:
+        return sources.find(given, run.registry, say), None
+    if len(given) > 1:
+        raise UserError(f"{stored.path} holds tokenised rows and must be the only entry of data; tokenise the others with it")
+    usual = Source(path=stored.path)
+    changed = [name for name in type(usual).model_fields if getattr(stored, name) != getattr(usual, name)]
+    if changed or run.mixing_temperature != 1:
+        raise UserError(
+            f"{stored.path} holds tokenised rows: {', '.join(changed) or 'mixing_temperature'} cannot change them; give it to `glmtune data tokenize`"
+        )
+    return [], Path(stored.path).expanduser()
 
 
 def _shares(examples: Chosen) -> list[str]:

@@ -103,6 +103,10 @@ def _about(wanted: Wanted) -> dict[str, Any]:
         "stage": wanted.stage,
         "learn": wanted.template.learn,
         "max_length": wanted.limits.max_length,
+        "too_long": wanted.limits.too_long,
+        "system": wanted.system,
+        "variables": wanted.variables or {},
+        "join": wanted.join,
     }
 
 
@@ -211,7 +215,7 @@ def _digest(path: Path) -> str:
 def _program() -> str:
     """Of the source files that sequences follow from: a changed program makes them anew."""
     digest = hashlib.blake2b(digest_size=16)
-    for name in ("blocks", "reading", "sources", "forms", "tools", "data", "chat", "stages", "store"):
+    for name in ("records", "blocks", "reading", "sources", "forms", "tools", "mixing", "data", "chat", "stages", "store"):
         path = Path(__file__).with_name(name + ".py")
         digest.update(path.read_bytes() if path.is_file() else b"")
     return digest.hexdigest()

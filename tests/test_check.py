@@ -399,3 +399,24 @@ def test_rows_in_are_rows_out_and_rows_removed(data: Any, layout: str) -> None:
     after = check.check(["out.json"]) if Path("out.json").read_text(encoding="utf-8").strip("[]\n") else {"rows": 0, "problems": []}
     assert after["rows"] + len(gone) == before["rows"]
     assert not [p for p in after["problems"] if p["level"] == "error"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"kind": "QA", "input": "Where is the cat {}?", "target": "On the mat."},
+        {"content": "type#skirt*colour#red {}", "summary": "A red skirt."},
+        {
+            "instruction": "Human: Hi {}\nAssistant: Hello\nHuman: Where is the cat?\nAssistant:",
+            "input": "",
+            "output": "On the mat.",
+        },
+        {"question": "Where is the cat {}?", "human_answers": ["On the mat."], "chatgpt_answers": ["It is there.", "Somewhere."]},
+        {"instruction": "Where is the cat {}?", "output": ["On the mat.", "42"]},
+    ],
+)
+def test_good_rows_of_every_form_have_no_errors(row: dict, tmp_path: Path):
+    rows = [{key: value.replace("{}", str(i)) if isinstance(value, str) else value for key, value in row.items()} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    found = check.check([tmp_path / "rows.jsonl"])
+    assert [problem for problem in found["problems"] if problem["level"] == "error"] == [] and found["rows"] == 4
