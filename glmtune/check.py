@@ -192,9 +192,10 @@ def _use(values: list[Any], columns: dict[str, str] | None, format: str | None) 
 
 
 def _is_labelled(row: dict[str, Any]) -> bool:
-    """True and false only: a number or a word under 'label' is more likely the class of a text."""
-    label = row.get("label", row.get("kto_tag"))
-    return str(label).lower() in ("true", "false") and recognise(row, "labels") is not None
+    """True and false; 0 and 1 only beside a completion (TRL): elsewhere they are more likely the class of a text."""
+    label = str(row.get("label", row.get("kto_tag"))).lower()
+    marks = ("true", "false", "0", "1") if "completion" in row else ("true", "false")
+    return label in marks and recognise(row, "labels") is not None
 
 
 def _is_bare_prompt(row: dict[str, Any]) -> bool:
@@ -298,8 +299,10 @@ def _find_duplicates(files: list[Checked]) -> None:
             value = row.item.value
             content = {key: value[key] for key in value if key not in _NUMBERS} if isinstance(value, dict) else value
             place = f"{file.name}:{row.item.line}"
-            before = first.setdefault(json.dumps(content, sort_keys=True), place)
-            if before != place:
+            key = json.dumps(content, sort_keys=True)
+            before = first.get(key)
+            first.setdefault(key, place)
+            if before is not None:
                 there = f"line {before.rpartition(':')[2]}" if before.startswith(file.name + ":") else before
                 row.problems.append(Problem(file.name, row.item.line, "exact-duplicate", f"the same row as {there}", "warning"))
 

@@ -29,6 +29,9 @@ def stats(
     {"rows", "unusable", "sources": {file: rows}, "forms", "turns", "languages": {name: rows}, "lengths": {...}, "learned": {...}}
     """
     files = examine(paths, columns, format)
+    unread = next((problem for file in files if not file.rows for problem in file.problems), None)
+    if unread is not None:
+        raise UserError(f"{unread.place}: {unread.message}")
     rows = [row for file in files for row in file.rows if row.counts]
     good = [(row, record) for row in rows for record in row.records if not row.refused]
     found: dict[str, Any] = {

@@ -49,6 +49,7 @@ NAMES: dict[str, dict[str, str]] = {  # in the order in which they are tried
     "dialogue": {"messages": "dialogue", **_COMMON},
     "belle": {"rounds": "instruction", "response": "output", **_COMMON},  # "Human: ...\nAssistant: ..." in one text
     "alpaca": {"prompt": "instruction", "input": "input", "response": "output", **_ASKED},
+    "dolly": {"prompt": "instruction", "input": "context", "response": "response", **_ASKED},
     "preference": {"prompt": "prompt", **_ASKED},  # the prompt may also stand inside both answers
     "question-answer": {"prompt": "question", "response": "answer", **_ASKED},
     "query-response": {"prompt": "query", "response": "response", **_ASKED},
@@ -294,6 +295,8 @@ def _asked(row: dict[str, Any], names: dict[str, str], join: str) -> list[Turn]:
     if "messages" in names:
         return _messages(_rows(row, names["messages"]))
     if "rounds" in names:
+        if str(row.get("input") or "").strip():
+            raise DataError("wrong-type", "'input' is filled beside rounds of Human: and Assistant:; put it into the last question")
         return _rounds(_text(row, names["rounds"]))
     turns, key = _history(row, names.get("history")), names.get("prompt")
     if key is None or key not in row:
@@ -312,8 +315,9 @@ def _answers(row: dict[str, Any], names: dict[str, str], want: Want) -> list[tup
     keys = [names[name] for name in ("response", "response 2") if name in names and row.get(names[name]) is not None]
     for key in keys:
         value = row[key]
-        if not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
-            made.append(("", _said(row, key)))
+        several = key == "output" or key.endswith(("answers", "responses"))  # elsewhere a list is a mistake
+        if not (several and isinstance(value, list) and all(isinstance(one, str) for one in value)):
+            made.append(("", _said(row, key, rounds=False)))
         elif want == "prompts":
             continue
         elif key != "output":
@@ -367,8 +371,9 @@ def _label(row: dict[str, Any], key: str) -> bool:
     return value in (True, "true", "1")
 
 
-def _said(row: dict[str, Any], key: str) -> list[Turn]:
-    """An answer as a text, a message or a list of messages, perhaps with the conversation before it."""
+def _said(row: dict[str, Any], key: str, rounds: bool = True) -> list[Turn]:
+    """An answer as a text, a message or a list of messages, perhaps with the conversation before it. rounds: a text may hold
+    `Human:` and `Assistant:` marks (preferences); else they are what the answer says."""
     value = row[key]
     if isinstance(value, dict) and ({"role", "from"} & value.keys()):
         return _messages([value])
@@ -377,7 +382,7 @@ def _said(row: dict[str, Any], key: str) -> list[Turn]:
     if value is None:
         raise DataError("wrong-type", f"'{key}' must be a string, a message or a list of messages, not null")
     text = _text(row, key)
-    return _rounds(text) if _has_rounds(text) else [Turn("assistant", text)]
+    return _rounds(text) if rounds and _has_rounds(text) else [Turn("assistant", text)]
 
 
 def _whole(turns: list[Turn], row: dict[str, Any], names: dict[str, str]) -> tuple[Turn, ...]:
@@ -624,7 +629,7 @@ def _check(record: Record, form: Form, want: Want) -> None:
         got, need = type(record).__name__, wanted.__name__
         raise DataError("unknown-form", f"the format '{form.name}' gives a {got} where this stage reads a {need}")
     if isinstance(record, Document):
-        if not record.text.strip():
+        if _blank(record.text):
             raise DataError("empty-text", f"the text '{form.names.get('text', 'text')}' is empty")
         return
     turns = (*record.turns, record.chosen) if isinstance(record, Preference) else record.turns
@@ -685,8 +690,13 @@ def _check_texts(turns: tuple[Turn, ...], want: Want) -> None:
     many = sum(turn.role == "user" for turn in turns) > 1
     for number, turn in enumerate(turns, 1):
         place = f" (turn {number})" if many else ""
-        if turn.role == "user" and not turn.text.strip():
+        if turn.role == "user" and _blank(turn.text):
             raise DataError("empty-question", f"the question{place} is empty")
         unanswered = want == "prompts" and number == len(turns)
-        if turn.role == "assistant" and not turn.text.strip() and not turn.extra.get("tool_calls") and not unanswered:
+        if turn.role == "assistant" and _blank(turn.text) and not turn.extra.get("tool_calls") and not unanswered:
             raise DataError("empty-answer", f"the answer{place} is empty")
+
+
+def _blank(text: str) -> bool:
+    """Nothing but blanks, also those that have no width."""
+    return not text.strip(" \t\r\n\v\f\u00a0\u200b\u200c\u200d\u2060\ufeff\u3000")

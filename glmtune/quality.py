@@ -149,7 +149,7 @@ def sequences(record: Record) -> list[Conversation | Document]:
 _SENTENCE_END = re.compile(r"""[a-z0-9)\]*]{2}[.!?]["')*]*\s+(?=\S)|[。！？][”」）]?\s*(?=\S)""")
 _SIGNATURE = re.compile(r"""[-—–~]\s*[A-Z]|[#@]\w+\W*$|https?://\S+$""")
 _DANGLING = re.compile(r"\s(?:the|an|and|or|because|whose|of the|in the|to the)$")
-_NOTHING = {"nan", "NaN", "undefined", "[object Object]", "#N/A", "#REF!", "#VALUE!"}
+_NOTHING = {"nan", "NaN", "null", "NULL", "N/A", "n/a", "undefined", "[object Object]", "#N/A", "#REF!", "#VALUE!"}
 
 
 def answer_damage(answer: str) -> Finding | None:

@@ -403,7 +403,8 @@ def _next_row(window: Window, start: int, opening_keys: set[str], until: _Until)
     if line_end is not None:
         window.skip(line_end)  # so that the file's end is known where nothing follows
     keys = "|".join(map(re.escape, sorted(opening_keys)))
-    pattern = re.compile(r"\{\s*(?:" + keys + r")\s*:" if keys else r"(?<=\n)\{")
+    # What stands behind a colon is a value of the broken row, not the next row.
+    pattern = re.compile(r"(?<!:)(?<!: )\{\s*(?:" + keys + r")\s*:" if keys else r"(?<=\n)\{")
     while True:
         stop = _before_closing(window.text) if until == "array" and window.ended else len(window.text)
         stop = stop if line_end is None else min(stop, line_end)

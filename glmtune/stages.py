@@ -12,7 +12,7 @@ from .batch import Batch
 from .chat import Template, align, encode_document
 from .errors import UserError
 from .forms import Want
-from .records import Conversation, Document, Example, Labelled, Preference
+from .records import Conversation, Document, Example, Labelled, Preference, Turn
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,13 @@ class Stage:
 
 def encode_conversation(template: Template, row: Conversation, limits: Limits, tally: Tally) -> list[Example]:
     """A conversation -> its sequences under the length policy (one; where the history is context, one for each learned answer)."""
+    if len(row.turns) > limits.longest:  # a token a turn at the least: cut before thousands of turns are written out
+        if limits.too_long == "error":
+            tally.long += 1
+            tally.longest = max(tally.longest, (len(row.turns), row.where), key=lambda pair: pair[0])
+            return []
+        row = replace(row, turns=_last_turns(row.turns, limits.longest))
+        tally.counts[f"rows of more turns than max_length has tokens: oldest turns left out (too_long: {limits.too_long})"] += 1
     made, beyond = [], 0
     parts = template.split(row)
     if len(parts) > 1:
@@ -74,6 +81,13 @@ def encode_conversation(template: Template, row: Conversation, limits: Limits, t
             made.append(example)
     tally.long += beyond
     return made
+
+
+def _last_turns(turns: tuple[Turn, ...], count: int) -> tuple[Turn, ...]:
+    """The last turns from a question on, with the system turn."""
+    system = turns[:1] if turns[0].role == "system" else ()
+    start = next((i for i in range(len(turns) - count, len(turns)) if turns[i].role == "user"), len(turns) - 2)
+    return (*system, *turns[start:])
 
 
 def finish(tally: Tally, limits: Limits) -> None:

@@ -502,3 +502,16 @@ def test_a_chatglm3_call_is_python_that_gives_the_arguments_back(arguments: dict
     for keyword in call.keywords:
         given |= {keyword.arg: ast.literal_eval(keyword.value)} if keyword.arg else ast.literal_eval(keyword.value)
     assert given == arguments
+
+
+def test_thousands_of_turns_are_refused_or_cut_without_writing_them_out(tiny_model):
+    from glmtune import families, stages
+    from glmtune.records import Conversation, Turn
+
+    template = families.open_template(tiny_model)
+    turns = tuple(Turn("user" if i % 2 == 0 else "assistant", f"t{i}") for i in range(20_000))
+    for policy, count in (("error", 0), ("cut-left-turns", 1)):
+        tally = stages.Tally(rows=1)
+        made = stages.encode_conversation(template, Conversation(turns, "a.json:1"), stages.Limits(64, policy), tally)
+        assert len(made) == count and tally.long == (policy == "error")
+        assert all(len(example.ids) <= 64 for example in made)
