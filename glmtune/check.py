@@ -182,7 +182,7 @@ def _use(values: list[Any], columns: dict[str, str] | None, format: str | None) 
 
     if most(lambda row: recognise(row, "preferences") is not None):
         return "preferences"
-    if most(_is_labelled):
+    if most(_is_labelled) or (rows and all(map(_is_zero_or_one, rows))):
         return "labels"
     if format is not None:
         return "answers"
@@ -192,10 +192,14 @@ def _use(values: list[Any], columns: dict[str, str] | None, format: str | None) 
 
 
 def _is_labelled(row: dict[str, Any]) -> bool:
-    """True and false; 0 and 1 only beside a completion (TRL): elsewhere they are more likely the class of a text."""
-    label = str(row.get("label", row.get("kto_tag"))).lower()
-    marks = ("true", "false", "0", "1") if "completion" in row else ("true", "false")
-    return label in marks and recognise(row, "labels") is not None
+    """True and false only: a number or a word under 'label' is more likely the class of a text."""
+    label = row.get("label", row.get("kto_tag"))
+    return str(label).lower() in ("true", "false") and recognise(row, "labels") is not None
+
+
+def _is_zero_or_one(row: dict[str, Any]) -> bool:
+    """Beside a completion (TRL) these are good and bad, where no row has another number."""
+    return "completion" in row and str(row.get("label")) in ("0", "1") and recognise(row, "labels") is not None
 
 
 def _is_bare_prompt(row: dict[str, Any]) -> bool:
