@@ -1,6 +1,6 @@
 """Rows a second from a file to training sequences, glmtune against `datasets.map` with the same tokenizer; memory; the second start.
 
-    python bench/data.py FILE.json [rows]      FILE: instruction, input, output; it is repeated up to `rows` (200,000)
+    python bench/data.py FILE.json [rows] [turns]      FILE: instruction, input, output; it is repeated up to `rows` (200,000)
 
 Side by side, taking turns, one process and two. The other side does what most training scripts do: load_dataset, apply_chat_template,
 tokenizer(...), labels with the prompt masked by its length. Needs `pip install -c constraints.txt datasets`.
@@ -15,7 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 
-MODEL = "smollm2-135m-instruct"
+from glmtune import families
+
+MODEL = families.resolve("smollm2-135m-instruct", print)  # made now, so that no child has to
 
 OURS = """
 import sys, time, resource, json
@@ -69,6 +71,7 @@ def child(code: str, *arguments: object, **environment: str) -> dict:
 
 
 source, count = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 200_000
+TURNS = int(sys.argv[3]) if len(sys.argv) > 3 else 2
 rows = json.loads(source.read_text(encoding="utf-8"))
 with tempfile.TemporaryDirectory() as folder:
     data, work = Path(folder) / "rows.jsonl", Path(folder)
@@ -83,7 +86,7 @@ with tempfile.TemporaryDirectory() as folder:
         print(f"the tokenizer library alone, {threads} threads: {limit['rows'] / limit['seconds']:,.0f} rows/s")
     for workers in (1, 2):
         speed: dict[str, list[float]] = {"glmtune": [], "datasets.map": []}
-        for turn in range(2):
+        for turn in range(TURNS):
             cache = work / f"cache-{workers}-{turn}"
             ours = child(OURS, MODEL, data, workers, GLMTUNE_CACHE=str(cache / "ours"))
             theirs = child(THEIRS, MODEL, data, workers, cache / "theirs")
@@ -98,6 +101,6 @@ with tempfile.TemporaryDirectory() as folder:
         print(
             f"  peak of the parent: glmtune {ours['peak_mb']:.0f} MB, datasets.map {theirs['peak_mb']:.0f} MB; {ours['tokens']} tokens, {ours['learned']} learned"
         )
-    again = child(OURS, MODEL, data, 2, GLMTUNE_CACHE=str(work / "cache-2-1" / "ours"))
+    again = child(OURS, MODEL, data, 2, GLMTUNE_CACHE=str(work / f"cache-2-{TURNS - 1}" / "ours"))
     print(f"second start from the cache: {again['seconds']:.2f} s")
 print(f"(peak of this script {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:.0f} MB, {time.strftime('%Y-%m-%d')})")

@@ -488,12 +488,26 @@ class Template:
             if part.kind in ("text", "answer"):
                 made.append(Piece(part.text, weight=weight, joined=not self._starts_answer(part, parts)))
             else:
-                made += self._scaffold(part, weight, joined=part.kind != "lead")
+                made += self._fixed(part, weight)
         return made
 
     def _starts_answer(self, part: Part, parts: list[Part]) -> bool:
         """Whether generation begins at this part: an answer, unless a non-empty lead already began it."""
         return part.kind == "answer" and not any(other.kind == "lead" and other.turn == part.turn and other.text for other in parts)
+
+    def _fixed(self, part: Part, weight: float) -> list[Piece]:
+        """As `_scaffold`; what stands around the texts is the same in most rows, so it is kept."""
+        key = (part.text, weight, part.kind != "lead")
+        found = self._known.get(key)
+        if found is None:
+            found = self._scaffold(part, weight, joined=key[2])
+            if len(self._known) < 1000:
+                self._known[key] = found
+        return found
+
+    @cached_property
+    def _known(self) -> dict[tuple[str, float, bool], list[Piece]]:
+        return {}
 
     def _scaffold(self, part: Part, weight: float, joined: bool) -> list[Piece]:
         """Scaffold text with its special tokens as ids."""
