@@ -620,7 +620,7 @@ def test_files_of_another_tokenizer_are_refused(name: str, made, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", published.FAMILIES)
-@pytest.mark.parametrize("value", [None, "x", 0, -1, [], {}])
+@pytest.mark.parametrize("value", [None, "x", *(pytest.param(odd, marks=pytest.mark.slow) for odd in (0, -1, [], {}))])
 def test_a_config_that_makes_no_sense_is_an_error_for_people(name: str, value: Any, made, tmp_path: Path):
     """Each field in turn is missing, or of a wrong kind: the folder loads, or one UserError says what is wrong."""
     config = json.loads((made(name) / "config.json").read_text())
