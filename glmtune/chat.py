@@ -96,7 +96,7 @@ class Tokens:
             raise UserError(f"{folder} holds no tokenizer.json; copy the model's tokenizer files beside its weights")
         config: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            config |= _json(folder / name)
+            config |= read_object(folder / name)
         if (folder / "chat_template.jinja").is_file():
             config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         template = config.get("chat_template")
@@ -156,19 +156,22 @@ class Tokens:
         return self._raw.get_vocab_size(with_added_tokens=True)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """A file's object; empty where there is no such file."""
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a model folder's small file; empty where there is no such file. Raises UserError for anything else."""
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}); copy the file again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no JSON object; copy the file again")
+    return found
 
 
 def _ends(folder: Path) -> set[int]:
     """The end tokens that a model folder's configs name."""
-    found = [_json(folder / name).get("eos_token_id") for name in ("config.json", "generation_config.json")]
+    found = [read_object(folder / name).get("eos_token_id") for name in ("config.json", "generation_config.json")]
     return {id for item in found for id in ([item] if isinstance(item, int) else item or ())}
 
 

@@ -9,8 +9,6 @@ from typing import Any
 from . import estimate, families, methods
 from .errors import UserError
 
-GB = 1e9
-
 
 def export(
     model: str | Path,

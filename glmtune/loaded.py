@@ -60,7 +60,7 @@ def load(
 
         roomy = target.type == "cpu" and families.num_parameters(place.base) * 4 < psutil.virtual_memory().total / 3
         dtype = torch.float32 if roomy or not families.fast_bf16(target) else torch.bfloat16
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(dtype, dtype)
+    dtype = families.as_dtype(dtype)
     template = families.open_template(place.tokenizer, place.template)
     model = families.load_model(place.base, dtype=dtype, device=target)
     methods.prepare(model, dtype)

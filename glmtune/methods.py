@@ -188,9 +188,8 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     found = {}
     for name, layer in blocks(model).items():
         if layer.lora_A is not None and layer.lora_B is not None:
-            found[f"{PREFIX}{name}.lora_A.weight"] = (
-                layer.lora_A.detach().cpu().clone()
-            )  # a shared A is written once for each layer
+            # Copies: an A that layers share is written once for each of them.
+            found[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().cpu().clone()
             found[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach().cpu().clone()
     return found
 

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
@@ -168,7 +168,22 @@ class Writer(_Sink):
         shutil.rmtree(self.work, ignore_errors=True)
 
 
-class Store(Sequence[Example]):
+class _Sequences(Sequence[Example]):
+    """Indexing and slicing, by way of `_one`."""
+
+    def _one(self, index: int) -> Example:
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        chosen = range(len(self))[index]
+        return self._one(chosen) if isinstance(chosen, int) else [self._one(i) for i in chosen]
+
+
+class Store(_Sequences):
     """A complete store, opened. Sequences are made when they are asked for."""
 
     def __init__(self, folder: Path | None, about: dict[str, Any], arrays: dict[str, np.ndarray]):
@@ -186,7 +201,7 @@ class Store(Sequence[Example]):
             arrays = {}
             for name, kind in ARRAYS.items():
                 path = folder / f"{name}.bin"
-                if _digest(path) != about["digests"][name]:
+                if digest_of(path) != about["digests"][name]:
                     return None
                 dtype = np.dtype(kind).newbyteorder("<")
                 arrays[name] = np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
@@ -211,14 +226,7 @@ class Store(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
+    def _one(self, index: int) -> Example:
         start, stop = int(self.arrays["start"][index]), int(self.arrays["start"][index + 1])
         ids = self.arrays["ids"][start:stop].tolist()
         file, line = self.arrays["place"][2 * index : 2 * index + 2].tolist()
@@ -228,7 +236,7 @@ class Store(Sequence[Example]):
 
 
 @dataclass
-class Chosen(Sequence[Example]):
+class Chosen(_Sequences):
     """Some sequences of a store, in an order, possibly several times: what a run learns from, or its dev set."""
 
     store: Store
@@ -241,17 +249,8 @@ class Chosen(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.index)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self.store[int(i)] for i in self.index[index]]
+    def _one(self, index: int) -> Example:
         return self.store[int(self.index[index])]
-
-    def __iter__(self) -> Iterator[Example]:
-        return (self.store[int(i)] for i in self.index)
 
     @property
     def num_learned(self) -> int:
@@ -262,7 +261,8 @@ class Chosen(Sequence[Example]):
         return hashlib.blake2b(self.store.digest.encode() + self.index.astype("<i8").tobytes(), digest_size=16).hexdigest()
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """Of a file's bytes, read in pieces."""
     digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
         while data := file.read(1 << 22):

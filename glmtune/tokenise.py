@@ -16,7 +16,7 @@ from .chat import Template
 from .errors import UserError
 from .hub import cache_root
 from .stages import STAGES, Limits, Stage, Tally, finish
-from .store import Block, Store, Writer
+from .store import Block, Store, Writer, digest_of
 
 CHUNK = 256  # rows that a worker takes at once
 KEEP = 2000  # rows from which on a store is kept on the disk
@@ -43,7 +43,7 @@ class Wanted:
         """Names the store: contents of the files, how they are read, the template with its tokenizer, the length policy, this program."""
         template, tokens = self.template, self.template.tokens
         reading = [
-            [s.path, s.format, s.columns, s.max_samples, s.system, s.tags, [[name, _digest(path)] for path, name in s.files]]
+            [s.path, s.format, s.columns, s.max_samples, s.system, s.tags, [[name, digest_of(path)] for path, name in s.files]]
             for s in self.sources
         ]
         written = [template.name, template.jinja, template.learn, template.default_system, tokens.json, tokens.config]
@@ -202,14 +202,6 @@ def _ordered(pool: Any, chunks: Iterator[Any], ahead: int) -> Iterator[tuple[Blo
             yield pending.pop(0).get()
     for one in pending:
         yield one.get()
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _program() -> str:

@@ -6,7 +6,6 @@ interrupted at any moment and resumed ends bit-identical to the straight run; a 
 
 import contextlib
 import errno
-import hashlib
 import importlib
 import json
 import math
@@ -23,6 +22,7 @@ from . import __version__, batch, estimate, families, options, plan, report
 from .errors import Interrupted, UserError
 from .run import DEFAULT_LR, Lora, Run, load_run
 from .stages import STAGES
+from .store import digest_of
 
 SAVE_SECONDS = 300  # save.every_steps null
 # Compiling the pointwise kernels takes 10 to 60 s and pays where a run has many tokens and its steps are not tiny (LOG.md).
@@ -258,18 +258,10 @@ def _checkpoints(out: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     for path in sorted(found, key=lambda p: int(p.name[5:]), reverse=True):
         try:
             state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            if all(_digest(path / name) == digest for name, digest in state["files"].items()):
+            if all(digest_of(path / name) == digest for name, digest in state["files"].items()):
                 yield path, state
         except (OSError, ValueError, KeyError):
             continue
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # --- the loop -----------------------------------------------------------------------------------------------------------------
@@ -538,7 +530,7 @@ class _Training:
                 tensors |= {f"{name}.{key}": value.detach().cpu() for key, value in held.items()}
             methods.write_tensors(tensors, work / "optimizer.safetensors")
             shutil.copy(self.out / "run.yaml", work / "run.yaml")
-            files = {p.name: _digest(p) for p in sorted(work.iterdir())}
+            files = {p.name: digest_of(p) for p in sorted(work.iterdir())}
             methods.write_text(work / "state.json", json.dumps({**asdict(self.state), "files": files}, indent=1) + "\n")
             methods.sync_folder(work)
             work.rename(folder)

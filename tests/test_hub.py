@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -17,6 +17,8 @@ import pytest
 from glmtune import hub
 from glmtune.errors import UserError
 from glmtune.families import resolve
+
+from .served import served
 
 CONFIG, TOKENIZER = b'{"model_type": "llama"}', b'{"version": "1.0"}'
 WEIGHTS = bytes(range(256)) * 2000  # half a megabyte
@@ -169,11 +171,8 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def endpoint():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    with served(Hub) as address:
+        yield address
 
 
 @pytest.fixture(autouse=True)

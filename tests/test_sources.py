@@ -6,8 +6,7 @@ import json
 import re
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
@@ -19,6 +18,8 @@ from glmtune import blocks, check, data, forms, hub, reading, sources
 from glmtune.errors import UserError
 from glmtune.records import Conversation, Turn
 from glmtune.run import Source, load_run
+
+from .served import served
 
 
 @pytest.fixture(autouse=True)
@@ -448,11 +449,8 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def endpoint():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    with served(Hub) as address:
+        yield address
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .. import autoload
+from ..autoload import OURS, register
 from ..chat import Form, Template, Tokens, choose
 from ..errors import UserError, did_you_mean
 from ..options import write_whole
@@ -20,7 +20,7 @@ from . import baichuan, chatglm, internlm, llama, smollm2, weights
 from .family import Family, Take, Vocabulary, about_generation
 from .place import Place, locate, resolve
 
-__all__ = ["Place", "locate", "resolve"]  # with everything defined here
+__all__ = ["OURS", "Place", "locate", "register", "resolve"]  # with everything defined here
 
 # model_type of a published config.json -> who reads it. None: the folder is what transformers knows itself.
 READERS: dict[str, Callable[[Path, dict[str, Any]], Family | None]] = {
@@ -60,7 +60,6 @@ MARKS = {  # the special tokens without which a format cannot be written
     "baichuan2": baichuan.MARKS["Baichuan2"],
 }
 FILLED = ("llama", "mistral", "qwen2", "qwen3", "glm", "glm4", "chatglm1", "llama_alibi")  # named in files as in the class
-OURS = tuple(autoload.OURS)  # model types that have a class of ours
 NAMES = {"chatglm1": "ChatGLM-6B", "llama_alibi": "Llama with ALiBi (Baichuan-13B)"}  # of what export writes
 
 
@@ -270,9 +269,9 @@ def save_tokenizer(base: Path, template: Template, folder: Path) -> None:
     what is served; and in generation_config.json the tokens at which an answer ends."""
     tokens = template.tokens
     config = {key: value for key, value in tokens.config.items() if key not in ("chat_template", "auto_map")}
-    _write(folder / "tokenizer.json", tokens.json)
-    _write(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    _write(folder / "chat_template.jinja", template.jinja)
+    (folder / "tokenizer.json").write_text(tokens.json, encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(template.jinja, encoding="utf-8")
     settings = about_generation(base)
     published = family_of(base).settings if (base / "config.json").is_file() else {}
     if published and not settings:
@@ -280,11 +279,7 @@ def save_tokenizer(base: Path, template: Template, folder: Path) -> None:
     if template.stop_ids:
         settings["eos_token_id"] = template.stop_ids
     settings.setdefault("pad_token_id", tokens.pad_id)
-    _write(folder / "generation_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    (folder / "generation_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def load_tokenizer(folder: str | Path) -> tuple[Any, Template]:
@@ -364,6 +359,13 @@ def pick_precision(wanted: str, device: Any) -> str:
     return wanted if wanted != "auto" else "bf16" if fast_bf16(device) else "fp32"
 
 
+def as_dtype(dtype: Any) -> Any:
+    """The torch dtype behind "bf16", "fp16" and "fp32"; anything else as it is."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(dtype, dtype)
+
+
 def load_model(path: str | Path, *, dtype: Any = "auto", device: Any = "auto") -> Any:
     """The model of a folder as a native `PreTrainedModel`, in eval mode.
 
@@ -374,7 +376,7 @@ def load_model(path: str | Path, *, dtype: Any = "auto", device: Any = "auto") -
 
     folder = resolve(str(path))
     family = family_of(folder)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(dtype, dtype)
+    dtype = as_dtype(dtype)
     device = pick_device(device) if isinstance(device, str) else device
     register()
     if dtype == "auto":
@@ -401,11 +403,6 @@ def _ours_reads(family: Family, stored: dict[str, weights.Stored], dtype: Any) -
     if family.config.get("model_type") not in FILLED or "quantization_config" in family.config:
         return False
     return any(item.dtype != str(dtype).removeprefix("torch.") for item in stored.values())
-
-
-def register() -> None:
-    """Makes our own model classes known to transformers' Auto classes, by their model_type."""
-    autoload.register()
 
 
 def _empty(family: Family, dtype: Any, folder: Path) -> Any:

@@ -3,14 +3,13 @@
 No torch in here: names and shapes of a checkpoint are known before anything heavy is loaded.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..chat import read_object
 from ..records import Vocabulary
 
 __all__ = ["Family", "Places", "Take", "Vocabulary", "about_generation", "about_tokenizer", "added", "called", "places"]
@@ -91,7 +90,7 @@ def called(folder: Path, config: dict[str, Any]) -> str:
 
 def about_tokenizer(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json over special_tokens_map.json, with chat_template.jinja; empty without them."""
-    about = _object(folder / "special_tokens_map.json") | _object(folder / "tokenizer_config.json")
+    about = read_object(folder / "special_tokens_map.json") | read_object(folder / "tokenizer_config.json")
     if (folder / "chat_template.jinja").is_file():
         about["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     template = about.get("chat_template")
@@ -101,23 +100,11 @@ def about_tokenizer(folder: Path) -> dict[str, Any]:
 
 
 def about_generation(folder: Path) -> dict[str, Any]:
-    return _object(folder / "generation_config.json")
-
-
-def _object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); copy the file again") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds no JSON object; copy the file again")
-    return found
+    return read_object(folder / "generation_config.json")
 
 
 def added(folder: Path) -> dict[str, int]:
     """Tokens that a folder lists beside its vocabulary file: added_tokens.json and tokenizer_config.json's added_tokens_decoder."""
     listed = about_tokenizer(folder).get("added_tokens_decoder", {})
-    found = {name: int(id) for name, id in _object(folder / "added_tokens.json").items()}
+    found = {name: int(id) for name, id in read_object(folder / "added_tokens.json").items()}
     return found | {token["content"]: int(id) for id, token in listed.items() if token.get("special", True)}

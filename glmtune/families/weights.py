@@ -8,6 +8,7 @@ import json
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any, cast
@@ -43,8 +44,15 @@ def open_folder(folder: Path, bits: int = 0) -> dict[str, Stored]:
 
     bits: of ChatGLM's own quantisation (config.json's quantization_bit). Raises UserError on missing, cut or foreign files.
     """
+    stamped = [(path, path.stat()) for path in _files(folder)]
+    return _opened(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stamped), bits)
+
+
+@lru_cache(maxsize=2)
+def _opened(files: tuple[tuple[Path, int, int], ...], bits: int) -> dict[str, Stored]:
+    """Headers of files in a known state: a plan asks for names, shapes, targets and counts, and `.bin` headers take seconds."""
     found: dict[str, Stored] = {}
-    for path in _files(folder):
+    for path, _, _ in files:
         found.update(_safetensors(path) if path.suffix == ".safetensors" else _pickled(path))
     for name in [name for name in found if name.endswith(".weight_scale")]:
         weight = found.get(name.removesuffix("_scale"))
