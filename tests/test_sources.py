@@ -141,10 +141,9 @@ def test_where_a_block_ends_changes_nothing(layout: str, block: int, monkeypatch
     broken = text.replace(" 77 ", ' 77" ', 1)
     for content in (text.encode(), broken.encode(), text.encode("utf-8-sig")):
         whole = items(name, content)
-        monkeypatch.setattr(blocks, "BLOCK", block)
-        assert items(name, content) == whole
-        monkeypatch.undo()
-        monkeypatch.chdir(Path(name).absolute().parent)
+        with monkeypatch.context() as patch:
+            patch.setattr(blocks, "BLOCK", block)
+            assert items(name, content) == whole
         assert len(whole) >= 199 or (layout == "wrapped" and content == broken.encode()), "then one row a line, and one line"
 
 
