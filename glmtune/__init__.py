@@ -1,5 +1,6 @@
 """glmtune: fine-tune, evaluate and use ChatGLM and other chat models. Importing this is light; heavy modules load on first use."""
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +9,8 @@ from .autoload import watch
 # Threads that wait by spinning starve each other when the machine is shared: the same run took 24 s asleep and 317 s spinning (LOG.md).
 # OpenMP reads this when torch is loaded, so it must be set before.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# transformers may load bitsandbytes behind our back; it then tells everybody about a faster kernel of Intel's.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __version__ = "0.2.0"
 __all__ = ["Loaded", "Report", "Run", "UserError", "load", "load_run", "train"]

@@ -2,23 +2,30 @@
 
 An *error* is what training refuses; a *warning* is a row that trains but should be looked at. What is told of a file as a whole
 (form, lengths, languages, near-duplicates, questions with several answers) is a note. What texts alone tell is in quality.py.
+
+No row is kept. A file is read once to see what its rows are (`_survey`) and once more to look at them (`rows_of`); a third time where
+some may be near-duplicates, and by `fix`. What must be known of all rows at once are digests, in a database on the disk (`_Seen`).
 """
 
 import csv
 import io
 import json
-from collections import Counter, defaultdict
+import sqlite3
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from . import quality
-from .data import Problem, parse_items, problem_of
+from . import quality, tools
+from .data import Problem, Rows, problem_of
 from .errors import UserError
-from .forms import Form, Reading, Record, Want, choose_forms, open_file, recognise
+from .forms import Form, Reading, Record, Want, choose_forms, open_file, recognise, shape
 from .reading import Broken, DataError, File, Item
-from .records import Conversation, Document, Labelled, Preference
+from .records import Conversation, Document, Labelled, Preference, Turn
 from .run import Source
 from .sources import Found, find
 
@@ -47,14 +54,30 @@ class Row:
 
 @dataclass
 class Checked:
-    """One file. `file` is None where it cannot be read at all."""
+    """One file. `reading` is None where none of its rows makes sense, or where it cannot be read at all."""
 
+    path: Path
     name: str
-    file: File | None = None
+    source: Found
+    limit: int | None = None  # only so many rows: the source's max_samples
     want: Want = "answers"
-    rows: list[Row] = field(default_factory=list)
+    reading: Reading | None = None
+    readable: bool = False
+    rows: list[Row] = field(default_factory=list)  # of `examine`
     problems: list[Problem] = field(default_factory=list)  # of the file as a whole
+    of_rows: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def open(self) -> File:
+        return open_file(self.path, self.name, self.source.columns)
+
+    def items(self, file: File) -> Iterator[Item | Broken]:
+        """What came before an error; that error is told by `_survey`."""
+        try:
+            yield from islice(file.items, self.limit)
+        except DataError as error:
+            if not self.problems:
+                self.problems.append(problem_of(self.name, error))
 
 
 def check(
@@ -74,21 +97,30 @@ def check(
     `too_long` is another than "error", warnings. Never stops at a problem; raises UserError only for a path that is not there and
     for `columns` or `format` that no file could have.
     """
-    train, watched = examine(paths, columns, format), examine(dev, columns, format)
+    train, watched = (_survey_all(given, columns, format) for given in (paths, dev))
     files = train + watched
-    _find_overlap(train, watched)
-    sizes, unit = [sum(map(len, quality.texts(row.record))) for row in _rows(files) if row.record is not None], "characters"
-    notes = [note for file in files for note in file.notes] + _near_duplicates(files) + _several_answers(files)
-    if encode is not None:
-        counted = _count_tokens(files, encode)
-        sizes, unit = [size for _, size in counted], "tokens"
-        notes += _too_long(counted, max_length, too_long) if max_length is not None else []
-    problems = [problem for file in files for problem in _all_problems(file)]
+    lengths = _Lengths(encode, max_length, too_long)
+    near, rows = quality.NearDuplicates(), 0
+    with closing(_Seen()) as seen:
+        for number, file in enumerate(files):
+            tally, is_dev = _Tally(file), number >= len(train)
+            seen.start(file.name, afresh=number == len(train))
+            for row in rows_of(file):
+                rows += row.counts
+                _compare_with_earlier(row, file.name, seen, is_dev, learn=bool(watched) and not is_dev)
+                lengths.add(row, file.name)
+                near.add("\n".join(quality.texts(row.record)) if row.record and not _is_told_as_equal(row) else None)
+                tally.add(row)
+                file.of_rows += row.problems
+            tally.tell()
+        several = _several_answers(seen)
+    notes = [note for file in files for note in file.notes] + _near_duplicates(files, near) + several + lengths.notes()
+    problems = [problem for file in files for problem in sorted(file.problems + file.of_rows, key=lambda problem: problem.line)]
     return {
-        "rows": sum(row.counts for row in _rows(files)),
+        "rows": rows,
         "problems": [_plain(problem) for problem in problems],
         "notes": notes,
-        "lengths": quality.lengths(sizes, unit),
+        "lengths": quality.lengths(lengths.sizes, lengths.unit),
     }
 
 
@@ -97,77 +129,113 @@ def _plain(problem: Problem) -> dict[str, Any]:
     return {"file": problem.file, "line": problem.line, "kind": problem.kind, "level": problem.level, "message": message}
 
 
-def _all_problems(file: Checked) -> list[Problem]:
-    found = file.problems + [problem for row in file.rows for problem in row.problems]
-    return sorted(found, key=lambda problem: problem.line)
-
-
-def _rows(files: Iterable[Checked]) -> Iterator[Row]:
-    return (row for file in files for row in file.rows)
-
-
 # --- one file -------------------------------------------------------------------------------------------------------------
 
 
 def examine(paths: Sequence[str | Path], columns: dict[str, str] | None = None, format: str | None = None) -> list[Checked]:
-    """Every file behind the paths, with its rows and what each alone, and being there twice, has wrong."""
-    found = find([Source(path=str(given), columns=columns, format=format) for given in paths])
-    files = [_examine_file(path, name, one) for one in found for path, name in one.files]
-    _find_duplicates(files)
+    """Every file behind the paths with all of its rows and what each alone has wrong, for those who hold them; `max_samples` aside."""
+    files = _survey_all(paths, columns, format, whole=True)
+    for file in files:
+        file.rows = list(rows_of(file))
     return files
 
 
-def _examine_file(path: Path, name: str, source: Found) -> Checked:
-    columns, format = source.columns, source.format
-    checked = Checked(name)
+def _survey_all(
+    paths: Sequence[str | Path], columns: dict[str, str] | None, format: str | None, whole: bool = False
+) -> list[Checked]:
+    """Every file behind the paths with how it is to be read; whole: also beyond the `max_samples` of its source."""
+    files = []
+    for given in map(str, paths):
+        if given.endswith((".yaml", ".yml")):  # as plain text all of its lines would be good
+            raise UserError(f"{given} is a run file or a registry, no data; name the files, or the data sets, under its `data:`")
+    for source in find([Source(path=str(given), columns=columns, format=format) for given in paths]):
+        most = None if whole else source.max_samples
+        left = most
+        for path, name in source.files:
+            file = Checked(path, name, source, left)
+            files.append(file)
+            if left == 0:
+                file.notes.append(f"{name}: not looked at (max_samples {most} reached)")
+                continue
+            count = _survey(file)
+            if left is not None:
+                if count == left:
+                    file.notes.append(f"{name}: only the first {left} rows are looked at (max_samples {most})")
+                left -= count
+    return files
+
+
+@dataclass
+class _Kind:
+    """Rows that are alike in all that decides on use and form: the first of them, and how many there are."""
+
+    row: dict[str, Any]
+    count: int = 0
+
+
+def _survey(checked: Checked) -> int:
+    """Sees how the file is to be read, and what is wrong with it as a whole; returns the number of its rows."""
+    name, source = checked.name, checked.source
+    kinds: dict[Any, _Kind] = {}
+    keys: dict[str, None] = {}
+    count = first = 0
     try:
-        checked.file = open_file(path, name)
-    except DataError as error:
-        checked.problems.append(problem_of(name, error))
-        return checked
-    items = _read_all(checked, checked.file)
-    values = [item.value for item in items if isinstance(item, Item)]
-    checked.want = _use(values, columns, format)
-    reading = Reading(checked.want, format=format, columns=columns)
-    try:
-        parsed = parse_items(checked.file, items, reading, source.adapt)
+        file = checked.open()
+        checked.readable = True
+        for count, item in enumerate(checked.items(file), 1):  # noqa: B007  # the last one is the number of rows
+            if isinstance(item, Broken):
+                continue
+            first = first or item.line
+            if isinstance(value := source.adapt(item.value), dict):
+                kinds.setdefault((shape(value), _label_of(value), *_last_speakers(value)), _Kind(value)).count += 1
+                keys |= dict.fromkeys(value) if len(keys) < 10_000 else {}
+        if not count:
+            raise DataError("empty-file", "the file has no rows")
+        checked.want = _use(list(kinds.values()), source.columns, source.format)
+        reading = Reading(checked.want, format=source.format, columns=source.columns)
+        seen = list(kinds.values())
+        try:
+            chosen = choose_forms([kind.row for kind in seen], reading, [kind.count for kind in seen])
+            reading = replace(reading, chosen=chosen)
+            if keys and source.columns is not None:  # one that no row has is an error
+                list(Rows(file, [Item(first, dict(keys))], reading))
+        except DataError as error:
+            error.line = first or 1
+            raise
+        checked.reading = reading
     except DataError as error:
         checked.problems += [] if checked.problems else [problem_of(name, error)]
-        checked.rows = [Row(item, [problem_of(name, item)] if isinstance(item, Broken) else [], refused=True) for item in items]
-        return checked
-    checked.notes += parsed.notes
-    checked.rows = _grouped(parsed.outcomes)
-    for row in checked.rows:
-        row.problems += _contents(name, row)
-    checked.problems += _mixed_forms(checked, values, reading)
-    checked.notes += [f"{name}: the rows are questions without answers"] if checked.want == "prompts" else []
-    checked.notes += _labels(checked) + _languages(checked)
-    return checked
+    return count
 
 
-def _grouped(outcomes: Iterable[tuple[Item | Broken, Any]]) -> list[Row]:
-    """What became of every item, an item's several records in one row."""
-    rows: list[Row] = []
-    for item, outcome in outcomes:
-        if isinstance(outcome, Problem):
-            rows.append(Row(item, [outcome], refused=True))
-        elif rows and rows[-1].item is item:
-            rows[-1].records.append(outcome)
+def rows_of(checked: Checked) -> Iterator[Row]:
+    """Every row of a file with what it alone has wrong; at the end, `notes` have what reading it tells."""
+    for row in _read(checked):
+        row.problems += _contents(checked.name, row)
+        yield row
+
+
+def _read(checked: Checked) -> Iterator[Row]:
+    if not checked.readable:
+        return
+    file, source = checked.open(), checked.source
+    items = checked.items(file)
+    if checked.reading is None or checked.reading.chosen is None:
+        for item in items:
+            yield Row(item, [problem_of(checked.name, item)] if isinstance(item, Broken) else [], refused=True)
+        return
+    _, form_of = checked.reading.chosen
+    rows = Rows(file, items, checked.reading, source.adapt)
+    for item, made in rows:
+        if isinstance(made, Problem):
+            yield Row(item, [made], refused=True)
         else:
-            rows.append(Row(item, records=[outcome]))
-    return rows
+            assert isinstance(item, Item)
+            yield Row(item, records=made, form=form_of(source.adapt(item.value)))
+    checked.notes = rows.notes + checked.notes
 
 
-def _read_all(checked: Checked, file: File) -> list[Item | Broken]:
-    items: list[Item | Broken] = []
-    try:
-        items.extend(file.items)  # keeps what came before an error
-    except DataError as error:
-        checked.problems.append(problem_of(checked.name, error))
-    return items
-
-
-def _use(values: list[Any], columns: dict[str, str] | None, format: str | None) -> Want:
+def _use(kinds: Sequence[_Kind], columns: dict[str, str] | None, format: str | None) -> Want:
     """What a file's rows are for: what most of them can be read as, the stage that has keys of its own first."""
     if columns is not None:
         if "text" in columns:
@@ -175,10 +243,10 @@ def _use(values: list[Any], columns: dict[str, str] | None, format: str | None) 
         return "preferences" if {"chosen", "rejected"} & columns.keys() else "labels" if "label" in columns else "answers"
     if format in ("text", "preference"):
         return "text" if format == "text" else "preferences"
-    rows = [value for value in values if isinstance(value, dict)]
+    rows, total = [kind.row for kind in kinds], sum(kind.count for kind in kinds)
 
     def most(test: Callable[[dict[str, Any]], bool]) -> bool:
-        return sum(map(test, rows)) * 2 > len(rows)
+        return sum(kind.count for kind in kinds if test(kind.row)) * 2 > total
 
     if most(lambda row: recognise(row, "preferences") is not None):
         return "preferences"
@@ -209,55 +277,84 @@ def _is_bare_prompt(row: dict[str, Any]) -> bool:
         return False
     messages = row.get(form.names.get("messages", ""))
     last = messages[-1] if isinstance(messages, list) and messages else None
-    asks = isinstance(last, dict) and last.get("role", last.get("from")) in ("user", "human")
+    asks = isinstance(last, dict) and str(last.get("role", last.get("from"))).lower() in ("user", "human")
     return asks or recognise(row, "answers") is None
+
+
+def _label_of(row: dict[str, Any]) -> str:
+    """What `_use` looks at besides the shape: the label, if it may be one of good and bad."""
+    label = str(row.get("label", row.get("kto_tag")))[:8].lower()
+    return label if label in ("true", "false", "0", "1") else ""
+
+
+def _last_speakers(row: dict[str, Any]) -> list[Any]:
+    """And who speaks last."""
+    lists = [row.get(key) for key in ("messages", "conversations", "conversation", "dialogue")]
+    last = [one[-1] if isinstance(one, list) and one else None for one in lists]
+    return [str(one.get("role", one.get("from")))[:16] if isinstance(one, dict) else None for one in last]
 
 
 _NUMBERS = ("id", "idx", "index", "uid")  # keys that tell rows apart without changing what is learned
 
 
-def _mixed_forms(checked: Checked, values: list[Any], reading: Reading) -> list[Problem]:
-    """Gives every row its form; a warning at the first row of every form but the main one."""
-    main, form_of = choose_forms(values, reading)
-    others: dict[str, list[int]] = defaultdict(list)
-    for row in checked.rows:
-        if isinstance(row.item, Item) and row.record is not None:
-            form = form_of(row.item.value)
-            row.form = form
-            if form != main:
-                others[form.name].append(row.item.line)
-    said = "{} rows from here on are of the form '{}', the others '{}'"
-    return [
-        Problem(checked.name, lines[0], "mixed-form", said.format(len(lines), form, main.name), "warning")
-        for form, lines in others.items()
-    ]
+@dataclass
+class _Lines:
+    """How many rows something holds for, and the first few lines."""
+
+    first: list[str] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, line: int) -> None:
+        self.count += 1
+        self.first += [str(line)] if self.count <= 9 else []
 
 
-def _labels(checked: Checked) -> list[str]:
-    goods = [row.record.good for row in checked.rows if isinstance(row.record, Labelled)]
-    if not goods:
-        return []
-    said = f"{checked.name}: labels: {sum(goods)} good, {len(goods) - sum(goods)} bad"
-    return [said + (": all are the same, so nothing sets good and bad apart" if len(set(goods)) == 1 else "")]
+class _Tally:
+    """What is told of a file as a whole, gathered row by row."""
 
+    def __init__(self, file: Checked):
+        self.file = file
+        self.others: dict[str, list[int]] = {}  # form -> [the first line, the number of rows]
+        self.goods: Counter[bool] = Counter()
+        self.languages: Counter[str] = Counter()
+        self.crossed, self.declined = _Lines(), _Lines()
 
-def _languages(checked: Checked) -> list[str]:
-    found: Counter[str] = Counter()
-    crossed = []
-    for row in checked.rows:
-        if row.record is not None:
-            found[quality.language("\n".join(quality.texts(row.record))) or "no letters"] += 1
-            asked = [] if isinstance(row.record, Document) else [turn.text for turn in row.record.turns if turn.role == "user"]
-            pair = {quality.language(text) for text in asked[-1:] + quality.parts(row.record)[1][:1]} - {""}
-            crossed += [row.record.where.rpartition(":")[2]] if len(pair) > 1 else []
-    total = found.total()
-    shares = ", ".join(f"{name} {count / total:.1%}" for name, count in found.most_common())
-    notes = [f"{checked.name}: languages: {shares}"] if total else []
-    if crossed:
-        notes.append(
-            f"{checked.name}: rows answered in another language or script than asked: {len(crossed)} (lines {_some(crossed)})"
-        )
-    return notes
+    def add(self, row: Row) -> None:
+        record = row.record
+        if record is None:
+            return
+        main = self.file.reading.chosen[0] if self.file.reading and self.file.reading.chosen else None
+        if row.form is not None and row.form != main:
+            self.others.setdefault(row.form.name, [row.item.line, 0])[1] += 1
+        self.goods.update(one.good for one in row.records if isinstance(one, Labelled))
+        self.languages[quality.language("\n".join(quality.texts(record))) or "no letters"] += 1
+        asked = [] if isinstance(record, Document) else [turn.text for turn in record.turns if turn.role == "user"]
+        pair = {quality.language(text) for text in asked[-1:] + quality.parts(record)[1][:1]} - {""}
+        if len(pair) > 1:
+            self.crossed.add(row.item.line)
+        if (learned := _learned(record)) is not None and quality.declines(learned.text):
+            self.declined.add(row.item.line)
+
+    def tell(self) -> None:
+        file, name = self.file, self.file.name
+        if file.reading is None or file.reading.chosen is None:
+            return
+        main = file.reading.chosen[0].name
+        for form, (line, count) in self.others.items():
+            said = f"{count} rows from here on are of the form '{form}', the others '{main}'"
+            file.problems.append(Problem(name, line, "mixed-form", said, "warning"))
+        file.notes += [f"{name}: the rows are questions without answers"] if file.want == "prompts" else []
+        if self.goods:
+            same = ": all are the same, so nothing sets good and bad apart" if len(self.goods) == 1 else ""
+            file.notes.append(f"{name}: labels: {self.goods[True]} good, {self.goods[False]} bad{same}")
+        if total := self.languages.total():
+            shares = ", ".join(f"{language} {count / total:.1%}" for language, count in self.languages.most_common())
+            file.notes.append(f"{name}: languages: {shares}")
+        for said, lines in (
+            ("rows answered in another language or script than asked", self.crossed),
+            ("answers that decline, as chat programs do", self.declined),
+        ):
+            file.notes += [f"{name}: {said}: {lines.count} (lines {_some(lines.first)})"] if lines.count else []
 
 
 # --- one row --------------------------------------------------------------------------------------------------------------
@@ -269,123 +366,236 @@ def _contents(name: str, row: Row) -> list[Problem]:
     found = quality.damage(row.item.value)
     if any(problem.kind == "encoding-damage" for problem in row.problems):
         found.pop("encoding-damage", None)
-    found |= _of_answers(row.record) if row.record is not None else {}
-    problems = [Problem(name, row.item.line, kind, message, level) for kind, level, message in found.values()]
+    told = [*found.values(), *(_of_record(row.record) if row.record is not None else ())]
+    problems = [Problem(name, row.item.line, kind, message, level) for kind, level, message in told]
     row.refused = row.refused or any(problem.level == "error" for problem in problems)
     return problems
 
 
-def _of_answers(record: Record) -> dict[str, quality.Finding]:
-    """What is wrong with the answer that is to be learned."""
-    if isinstance(record, Preference):
-        if (record.chosen.text, record.chosen.extra) == (record.rejected.text, record.rejected.extra):
-            same = "'chosen' and 'rejected' are the same: there is nothing to prefer"
-            return {"same-answers": quality.Finding("same-answers", "error", same)}
-        learned = record.chosen
-    elif isinstance(record, Document) or (isinstance(record, Labelled) and not record.good):
-        return {}
-    else:
-        learned = record.turns[-1]
-    damaged = quality.answer_damage(learned.text) if learned.role == "assistant" else None
-    return {damaged.kind: damaged} if damaged else {}
+def _of_record(record: Record) -> Iterator[quality.Finding]:
+    """What is wrong with the answer that is to be learned, and with what tools said."""
+    if isinstance(record, Document):
+        return
+    yield from (quality.Finding("tool-result", "warning", said) for said in tools.loose_results(record.turns)[:1])
+    if isinstance(record, Preference) and _said_by(record.chosen) == _said_by(record.rejected):
+        same = "'chosen' and 'rejected' are the same: there is nothing to prefer"
+        yield quality.Finding("same-answers", "error", same)
+    elif (learned := _learned(record)) is not None:
+        asked = [turn.text for turn in record.turns if turn.role == "user"]
+        yield from quality.answer_damage(asked[-1], learned.text)
+
+
+def _said_by(turn: Turn) -> tuple[str, dict[str, Any]]:
+    return turn.text, turn.extra
+
+
+def _learned(record: Record) -> Turn | None:
+    """The last answer that is to be learned; not one that is called bad."""
+    if isinstance(record, Document) or (isinstance(record, Labelled) and not record.good):
+        return None
+    last = record.chosen if isinstance(record, Preference) else record.turns[-1]
+    return last if last.role == "assistant" else None
 
 
 # --- all rows -------------------------------------------------------------------------------------------------------------
 
 
-def _find_duplicates(files: list[Checked]) -> None:
-    """Rows equal to an earlier one, in any of the files, keys that only number the rows aside."""
-    first: dict[str, str] = {}
-    for file in files:
-        for row in file.rows:
-            if not isinstance(row.item, Item) or row.refused:
-                continue
-            value = row.item.value
-            content = {key: value[key] for key in value if key not in _NUMBERS} if isinstance(value, dict) else value
-            place = f"{file.name}:{row.item.line}"
-            key = json.dumps(content, sort_keys=True)
-            before = first.get(key)
-            first.setdefault(key, place)
-            if before is not None:
-                there = f"line {before.rpartition(':')[2]}" if before.startswith(file.name + ":") else before
-                row.problems.append(Problem(file.name, row.item.line, "exact-duplicate", f"the same row as {there}", "warning"))
+class _Seen:
+    """Digests of rows, questions and answers, each with the place where it stands first.
+
+    They are in a database that SQLite keeps in a temporary file of its own, with 2 MB of it in memory: the number of rows is not
+    bounded by the memory. A digest has 64 bits; two of ten million rows share one by chance in 3 of a million cases.
+    """
+
+    def __init__(self) -> None:
+        self.files: list[str] = []
+        self.base = sqlite3.connect("", isolation_level=None)
+        self.base.execute("PRAGMA journal_mode = OFF")  # nobody goes back
+        for table in ("answers", "learned"):
+            self.base.execute(f"CREATE TABLE {table} (question INTEGER, answer INTEGER, place INTEGER, UNIQUE (question, answer))")
+        self.base.execute("CREATE TABLE rows (content INTEGER PRIMARY KEY, place INTEGER)")
+        self.base.execute("BEGIN")
+
+    def close(self) -> None:
+        self.base.close()
+
+    def start(self, file: str, afresh: bool = False) -> None:
+        """The next file. afresh: its rows are not told for being equal to rows of those before."""
+        self.files.append(file)
+        if afresh:
+            self.base.execute("DELETE FROM rows")
+
+    def row(self, content: str, line: int) -> str | None:
+        """Where the same content stood before, if it did."""
+        key = _digest(content)
+        new = self.base.execute("INSERT OR IGNORE INTO rows VALUES (?, ?)", (key, self._place(line))).rowcount
+        return None if new else self._one("SELECT place FROM rows WHERE content = ?", key)
+
+    def add(self, table: str, question: str, answer: str, line: int) -> None:
+        values = (_digest(question), _digest(answer), self._place(line))
+        self.base.execute(f"INSERT OR IGNORE INTO {table} VALUES (?, ?, ?)", values)
+
+    def learned(self, question: str, answer: str) -> tuple[str, str | None]:
+        """("row" | "question", where it is learned first): the same question with that answer, else with any."""
+        key = _digest(question)
+        same = self._one("SELECT place FROM learned WHERE question = ? AND answer = ?", key, _digest(answer))
+        any_answer = "SELECT place FROM learned WHERE question = ? ORDER BY rowid LIMIT 1"
+        return ("row", same) if same else ("question", self._one(any_answer, key))
+
+    def several(self, most: int) -> tuple[int, list[list[str]]]:
+        """How many questions have more than one answer, and of the first of them where up to three answers stand."""
+        found = "SELECT question, min(rowid) AS first FROM answers GROUP BY question HAVING count(*) > 1"
+        count = self.base.execute(f"SELECT count(*) FROM ({found})").fetchone()[0]
+        places = "SELECT place FROM answers WHERE question = ? ORDER BY rowid LIMIT 3"
+        first = self.base.execute(f"{found} ORDER BY first LIMIT ?", (most,)).fetchall()
+        return count, [[self._said(place) for (place,) in self.base.execute(places, (key,))] for key, _ in first]
+
+    def _place(self, line: int) -> int:
+        return (len(self.files) - 1 << 40) + line
+
+    def _said(self, place: int) -> str:
+        return f"{self.files[place >> 40]}:{place & (1 << 40) - 1}"
+
+    def _one(self, query: str, *values: int) -> str | None:
+        found = self.base.execute(query, values).fetchone()
+        return self._said(found[0]) if found else None
 
 
-def _find_overlap(train: list[Checked], dev: list[Checked]) -> None:
-    """Rows of `dev` that are learned too, and questions of it that are learned with another answer. Spaces and case do not count."""
-    learned: dict[str, dict[str, str]] = defaultdict(dict)  # question -> answer -> place
-    for record in (row.record for row in _rows(train) if dev):
-        if record is not None:
-            question, answer = map(_plain_text, quality.parts(record))
-            learned[question].setdefault(answer, record.where)
-    for row in _rows(dev):
-        question, answer = map(_plain_text, quality.parts(row.record)) if row.record is not None else ("", "")
-        if row.record is not None and (met := learned.get(question)):
-            name, _, line = row.record.where.rpartition(":")
-            what = f"the same {'row' if answer in met else 'question'} is trained on: {met.get(answer, next(iter(met.values())))}"
-            row.problems.append(Problem(name, int(line), "dev-overlap", what, "warning"))
+def _digest(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big", signed=True)
+
+
+def _compare_with_earlier(row: Row, name: str, seen: _Seen, is_dev: bool, learn: bool) -> None:
+    """Tells rows that stand earlier, and rows of dev that are trained on; remembers the others. learn: dev rows will follow."""
+    _find_duplicate(row, name, seen)
+    record, line = row.record, row.item.line
+    if record is None:
+        return
+    if isinstance(record, Conversation) and record.turns[-1].role == "assistant":
+        asked = json.dumps([turn.text for turn in record.turns[:-1]])
+        seen.add("answers", asked, record.turns[-1].text, line)
+    if learn or is_dev:  # spaces and case do not count
+        question, answer = map(_plain_text, quality.parts(record))
+        if learn:
+            seen.add("learned", question, answer, line)
+            return
+        what, place = seen.learned(question, answer)
+        if place:
+            row.problems.append(Problem(name, line, "dev-overlap", f"the same {what} is trained on: {place}", "warning"))
+
+
+def _find_duplicate(row: Row, name: str, seen: _Seen) -> None:
+    """A row equal to an earlier one, in any of the files, keys that only number the rows aside."""
+    if not isinstance(row.item, Item) or row.refused:
+        return
+    value = row.item.value
+    content = {key: value[key] for key in value if key not in _NUMBERS} if isinstance(value, dict) else value
+    before = seen.row(json.dumps(content, sort_keys=True), row.item.line)
+    if before is not None:
+        there = f"line {before.rpartition(':')[2]}" if before.startswith(name + ":") else before
+        row.problems.append(Problem(name, row.item.line, "exact-duplicate", f"the same row as {there}", "warning"))
 
 
 def _plain_text(texts: list[str]) -> str:
     return "\0".join(" ".join(text.split()).casefold() for text in texts)
 
 
-def _near_duplicates(files: list[Checked]) -> list[str]:
-    """Equal rows are told as such; here are the others that say nearly the same."""
-    told = ("exact-duplicate", "dev-overlap")
-    records = [row.record for row in _rows(files) if row.record and not any(problem.kind in told for problem in row.problems)]
-    if len(records) > quality.NEAR_LIMIT:
-        return [f"near-duplicates: not looked for in {len(records)} rows (at most {quality.NEAR_LIMIT})"]
-    found = quality.near_duplicates(["\n".join(quality.texts(record)) for record in records])
-    if not found:
-        return []
-    pairs = [f"{records[near.later].where} and {records[near.earlier].where} {near.share:.0%}" for near in found]
-    return [f"near-duplicates: {len(found)} of {len(records)} rows say nearly the same as an earlier one ({_some(pairs)})"]
+def _is_told_as_equal(row: Row) -> bool:
+    return any(problem.kind in ("exact-duplicate", "dev-overlap") for problem in row.problems)
 
 
-def _several_answers(files: list[Checked]) -> list[str]:
+def _near_duplicates(files: list[Checked], near: quality.NearDuplicates) -> list[str]:
+    """Equal rows are told as such; here are the others that say nearly the same. Reads the files again if some may."""
+    notes, pairs, count = [], [], 0
+    if near.left_out:
+        limit, total = quality.NEAR_LIMIT, near.count + near.left_out
+        notes.append(f"near-duplicates: looked for among the first {limit} of {total} rows only")
+    rows = ((file.name, row) for file in files for row in _read(replace(file)))
+    places = ((f"{name}:{row.item.line}", "\n".join(quality.texts(row.record)) if row.record else "") for name, row in rows)
+    for later, earlier, share in near.found(places):
+        count += 1
+        pairs += [f"{later} and {earlier} {share:.0%}"] if count <= 9 else []
+    if count:
+        notes.append(f"near-duplicates: {count} of {near.count} rows say nearly the same as an earlier one ({_some(pairs)})")
+    return notes
+
+
+def _several_answers(seen: _Seen) -> list[str]:
     """same-question-other-answer, as a note: it may be meant (several good answers), or contradict itself."""
-    answers: dict[tuple[str, ...], dict[str, str]] = defaultdict(dict)
-    for row in _rows(files):
-        record = row.record
-        if isinstance(record, Conversation) and record.turns[-1].role == "assistant":
-            answers[tuple(turn.text for turn in record.turns[:-1])].setdefault(record.turns[-1].text, record.where)
-    several = [" and ".join(list(places.values())[:3]) for places in answers.values() if len(places) > 1]
-    return [f"same-question-other-answer: {len(several)} questions have more than one answer ({_some(several)})"] if several else []
+    count, places = seen.several(most=9)
+    said = _some([" and ".join(one) for one in places])
+    return [f"same-question-other-answer: {count} questions have more than one answer ({said})"] if count else []
 
 
 def _some(places: list[str]) -> str:
     return ", ".join(places[:8]) + (", ..." if len(places) > 8 else "")
 
 
-def _count_tokens(files: list[Checked], encode: Encode) -> list[tuple[Row, int]]:
-    return [
-        (row, max(encode(one) for record in row.records for one in quality.sequences(record)))
-        for row in _rows(files)
-        if row.records and not row.refused
-    ]
+class _Lengths:
+    """How long the rows are: in characters, or with `encode` in tokens; and which are too long."""
 
+    def __init__(self, encode: Encode | None, max_length: int | None, policy: str):
+        self.encode, self.max_length, self.policy = encode, max_length, policy
+        self.unit = "characters" if encode is None else "tokens"
+        self.sizes: Counter[int] = Counter()
+        self.over, self.longest, self.where = 0, 0, ""
 
-def _too_long(counted: list[tuple[Row, int]], max_length: int, policy: str) -> list[str]:
-    """Documents go on in the next sequence, and what is only asked is not cut: neither is too long."""
-    over = []
-    for row, size in counted:
+    def add(self, row: Row, name: str) -> None:
+        """Tells a row that is too long. Documents go on in the next sequence, and what is only asked is not cut: neither is."""
         record = row.record
-        if size > max_length and record is not None and not isinstance(record, Document) and quality.parts(record)[1]:
-            name, _, line = record.where.rpartition(":")
-            level, done = ("error", "") if policy == "error" else ("warning", f" (too_long: {policy})")
-            message = f"{size} tokens; the longest row may have {max_length}{done}"
-            row.problems.append(Problem(name, int(line), "over-length", message, level))
-            over.append((size, record.where))
-    if not over:
-        return []
-    longest, where = max(over, key=lambda pair: pair[0])
-    return [
-        f"over-length: {len(over)} of {len(counted)} rows have more than max_length={max_length} tokens; the longest has {longest} ({where})"
-    ]
+        if record is None or (self.encode is not None and row.refused):
+            return
+        if self.encode is None:
+            self.sizes[sum(map(len, quality.texts(record)))] += 1
+            return
+        size = max(self.encode(one) for record in row.records for one in quality.sequences(record))
+        self.sizes[size] += 1
+        if self.max_length is None or size <= self.max_length or isinstance(record, Document) or not quality.parts(record)[1]:
+            return
+        level, done = ("error", "") if self.policy == "error" else ("warning", f" (too_long: {self.policy})")
+        message = f"{size} tokens; the longest row may have {self.max_length}{done}"
+        row.problems.append(Problem(name, row.item.line, "over-length", message, level))
+        self.over += 1
+        if size > self.longest:
+            self.longest, self.where = size, record.where
+
+    def notes(self) -> list[str]:
+        if not self.over:
+            return []
+        said = f"have more than max_length={self.max_length} tokens; the longest has {self.longest} ({self.where})"
+        return [f"over-length: {self.over} of {self.sizes.total()} rows {said}"]
 
 
 # --- fix ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Sorted:
+    """A file whose bad rows are known: why each goes, by its number among all that stands there."""
+
+    file: Checked
+    layout: str
+    gone: dict[int, Problem] = field(default_factory=dict)
+    passed: set[int] = field(default_factory=set)  # no rows: a comma that is missing between two of them
+    count: int = 0
+    header: tuple[str, ...] = ()  # of a CSV file with good rows
+    has_lines: bool = False  # a text of several lines is kept
+
+    def kept(self) -> Iterator[tuple[File, Item]]:
+        return ((file, item) for number, file, item in self._read() if number not in self.gone and isinstance(item, Item))
+
+    def removed(self) -> Iterator[dict[str, Any]]:
+        for number, file, item in self._read() if self.gone else ():
+            if problem := self.gone.get(number):
+                told = {"file": file.name, "line": problem.line, "kind": problem.kind, "message": problem.message}
+                yield {**told, "row": item.value} if isinstance(item, Item) else {**told, "raw": file.raw(item)}
+
+    def _read(self) -> Iterator[tuple[int, File, Item | Broken]]:
+        file, number = self.file.open(), -1
+        for number, item in enumerate(self.file.items(file)):
+            yield number, file, item
+        if number + 1 != self.count:
+            raise UserError(f"{self.file.name} was changed while it was read; nothing was written")
 
 
 def fix(paths: Sequence[str | Path], out: str | Path, *, columns: dict[str, str] | None = None, format: str | None = None) -> str:
@@ -401,72 +611,87 @@ def fix(paths: Sequence[str | Path], out: str | Path, *, columns: dict[str, str]
             raise UserError(f"{target} exists already and is never overwritten; choose another name, or remove it")
     if not out.absolute().parent.is_dir():
         raise UserError(f"cannot write {out}: there is no folder {out.absolute().parent}")
-    files = examine(paths, columns, format)
+    files = [file for file in _survey_all(paths, columns, format) if file.limit != 0]
     for file in files:
         for problem in file.problems:
             if problem.level == "error":
                 raise UserError(f"{problem.place}: {problem.message}; this cannot be mended row by row, nothing was written")
-    kept = [(file, row) for file in files for row in file.rows if isinstance(row.item, Item) and not _is_removed(row)]
-    gone = [(file, row) for file in files for row in file.rows if row.counts and _is_removed(row)]
-    write_whole(removed, "".join(json.dumps(_removed(file, row), ensure_ascii=False) + "\n" for file, row in gone))
-    write_whole(out, _render(kept))
-    kinds = Counter(_reason(row).kind for _, row in gone)
+    with closing(_Seen()) as seen:
+        parts = [_sorted(file, seen) for file in files]
+    kinds = Counter(problem.kind for part in parts for problem in part.gone.values())
+    kept = sum(part.count - len(part.gone) - len(part.passed) for part in parts)
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for part in parts for row in part.removed())
+    write_whole(removed, lines)
+    try:
+        write_whole(out, _render(parts))
+    except UserError:
+        removed.unlink()
+        raise
     why = f" ({', '.join(f'{count} {kind}' for kind, count in kinds.most_common())})" if kinds else ""
-    return f"{len(kept) + len(gone)} rows in: {len(kept)} in {out}, {len(gone)} removed to {removed}{why}"
+    return f"{kept + kinds.total()} rows in: {kept} in {out}, {kinds.total()} removed to {removed}{why}"
 
 
-def _is_removed(row: Row) -> bool:
-    return any(problem.level == "error" or problem.kind == "exact-duplicate" for problem in row.problems)
+def _sorted(file: Checked, seen: _Seen) -> _Sorted:
+    """Which rows of a file go. Rows that follow from other files are removed too, so `seen` is one for all."""
+    part = _Sorted(file, file.open().layout)
+    seen.start(file.name)
+    for number, row in enumerate(rows_of(file)):
+        part.count += 1
+        _find_duplicate(row, file.name, seen)
+        bad = [problem for problem in row.problems if problem.level == "error" or problem.kind == "exact-duplicate"]
+        if not row.counts:
+            part.passed.add(number)
+        elif bad:
+            part.gone[number] = min(bad, key=lambda problem: problem.level != "error")
+        elif isinstance(row.item, Item) and isinstance(row.item.value, dict):
+            part.header = tuple(row.item.value) if part.layout == "csv" else ()
+            part.has_lines = part.has_lines or (part.layout == "text" and "\n" in row.item.value["text"])
+    return part
 
 
-def _reason(row: Row) -> Problem:
-    return min(row.problems, key=lambda problem: (problem.level != "error", problem.kind != "exact-duplicate"))
-
-
-def _removed(file: Checked, row: Row) -> dict[str, Any]:
-    problem = _reason(row)
-    told = {"file": file.name, "line": problem.line, "kind": problem.kind, "message": problem.message}
-    return {**told, "row": row.item.value} if isinstance(row.item, Item) else {**told, "raw": _raw(file, row)}
-
-
-def _raw(file: Checked, row: Row) -> str:
-    return file.file.raw(row.item) if file.file else ""
-
-
-def _render(kept: list[tuple[Checked, Row]]) -> str:
+def _render(parts: list[_Sorted]) -> Iterator[str]:
     """Rows in their own spelling, in the layout they came in; files of several layouts become JSON Lines."""
-    layouts = {file.file.layout for file, _ in kept if file.file}
-    headers = {tuple(row.item.value) for _, row in kept if isinstance(row.item, Item) and isinstance(row.item.value, dict)}
+    parts = [part for part in parts if part.count > len(part.gone) + len(part.passed)]
+    layouts, headers = {part.layout for part in parts}, {part.header for part in parts}
+    rows = chain.from_iterable(part.kept() for part in parts)
     if layouts == {"array"}:
-        return "[\n" + ",\n".join(_raw(file, row) for file, row in kept) + "\n]\n"
+        return chain(["[\n"], _joined((file.raw(item) for file, item in rows), ",\n"), ["\n]\n"])
     if layouts == {"csv"} and len(headers) == 1:
-        return _csv(kept)
+        return _csv(headers.pop(), rows)
     if layouts == {"text"}:
-        texts = [_raw(file, row).rstrip() for file, row in kept]
-        return ("\n\n" if any("\n" in text for text in texts) else "\n").join(texts) + "\n"
-    return "".join(_one_line(file, row) + "\n" for file, row in kept)
+        blank = "\n\n" if any(part.has_lines for part in parts) else "\n"
+        return chain(_joined((file.raw(item).rstrip() for file, item in rows), blank), ["\n"])
+    return (_one_line(file, item) + "\n" for file, item in rows)
 
 
-def _one_line(file: Checked, row: Row) -> str:
-    raw = _raw(file, row)
-    is_json = file.file is not None and file.file.layout in ("array", "lines")
-    if is_json and "\n" not in raw:
-        return raw
-    assert isinstance(row.item, Item)
-    return json.dumps(row.item.value, ensure_ascii=False)
+def _joined(texts: Iterable[str], mark: str) -> Iterator[str]:
+    for number, text in enumerate(texts):
+        yield mark + text if number else text
 
 
-def _csv(kept: list[tuple[Checked, Row]]) -> str:
-    rows = [row.item.value for _, row in kept if isinstance(row.item, Item)]
+def _one_line(file: File, item: Item) -> str:
+    raw = file.raw(item)
+    return raw if file.layout in ("array", "lines") and "\n" not in raw else json.dumps(item.value, ensure_ascii=False)
+
+
+def _csv(header: tuple[str, ...], rows: Iterable[tuple[File, Item]]) -> Iterator[str]:
     sheet = io.StringIO(newline="")
-    writer = csv.DictWriter(sheet, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return sheet.getvalue()
+    writer = csv.writer(sheet, lineterminator="\n")
+    for fields in chain([header], ([item.value[key] for key in header] for _, item in rows)):
+        writer.writerow(fields)
+        yield sheet.getvalue()
+        sheet.seek(0)
+        sheet.truncate()
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, texts: str | Iterable[str]) -> None:
     """Lone surrogates of removed rows are written as \\udXXX, which JSON reads back."""
     new = path.with_name(path.name + ".new")
-    new.write_bytes(text.encode("utf-8", "backslashreplace"))
+    try:
+        with open(new, "wb") as file:
+            for text in [texts] if isinstance(texts, str) else texts:
+                file.write(text.encode("utf-8", "backslashreplace"))
+    except UserError:
+        new.unlink()
+        raise
     new.replace(path)

@@ -4,6 +4,8 @@
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +34,10 @@ Model = Annotated[
         help="smollm2-135m-instruct, a folder, a hub id, a run's folder, or its checkpoints/step-N.",
         show_default=False,
     ),
+]
+Quant = Annotated[
+    str | None,
+    typer.Option(help="Keep weights packed: nf4, int8, chatglm-int4, chatglm-int8; none: not. Not given: as trained or published."),
 ]
 Adapter = Annotated[str | None, typer.Option(help="An adapter folder (not needed with a run's folder).", show_default=False)]
 Temperature = Annotated[
@@ -98,19 +104,23 @@ def show(
     run = _run(settings, out="(none)")
     from . import plan
 
-    made = plan.make(run, lambda text: print(text, file=sys.stderr))
+    with _counting(quiet=json_) as progress:
+        made = plan.make(run, lambda text: print(text, file=sys.stderr), progress)
     if not 0 <= sample < len(made.examples):
         raise UserError(f"--sample {sample}: there are {len(made.examples)} rows, 0 to {len(made.examples) - 1}")
     example = made.examples[sample]
-    from . import training
+    from . import estimate, families, training
 
     settings_ = training.resolve(made)
-    need = training.needed_memory(made, settings_)
+    how = training.setting(made, settings_)
+    need = estimate.memory(made.shape, how)
+    rate = estimate.matmul_rate(families.pick_device(settings_["device"]), settings_["precision"])
+    epoch = estimate.seconds(made.shape, how, sum(made.lengths), made.examples.num_learned, rate)
     if json_:
         found = {
             "run": run.model_dump(mode="json", serialize_as_any=True), "resolved": settings_, "rows": len(made.examples), "dev_rows": len(made.dev or ()),
             "tokens": sum(made.lengths), "learned_tokens": made.examples.num_learned, "longest": max(made.lengths),
-            "trainable": made.shape.trainable, "parameters": made.shape.parameters, "memory_gb": round(sum(need.values()) / 1e9, 2),
+            "trainable": made.shape.trainable, "parameters": made.shape.parameters, "memory_gb": round(sum(need.values()) / 1e9, 2), "seconds_per_epoch": round(epoch, 1),
             "notes": made.notes, "sample": {"where": example.where, "ids": example.ids, "labels": example.labels},
         }  # fmt: skip
         print(json.dumps(found, ensure_ascii=False))
@@ -131,8 +141,7 @@ def show(
     screen.console.print(Text("options that differ from the defaults:", "cyan"))
     screen.console.print(Text(yaml.safe_dump(changed, sort_keys=False, allow_unicode=True).rstrip()))
     screen.console.print(training.settings_line(settings_), markup=False)
-    parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in need.items())
-    screen.console.print(f"estimated memory {sum(need.values()) / 1e9:.1f} GB ({parts})", markup=False)
+    screen.console.print(screen.needs(need, epoch, rate), markup=False)
 
 
 @app.command(
@@ -156,6 +165,7 @@ def predict(
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows answered at once.")] = 16,
+    quant: Quant = None,
     device: Device = "auto",
 ) -> None:
     """Answer every row of a file, in order. Interrupted, the same command continues."""
@@ -179,7 +189,7 @@ def predict(
     from .predict import predict as start
     from .screen import Terminal
 
-    loaded = load(model, device=device, adapter=adapter, say=_say)
+    loaded = load(model, device=device, adapter=adapter, quant=quant, say=_say)
     screen = Terminal()
     try:
         start(loaded, found.rows, out, sampling, batch_size, screen.asking("answers", len(found.rows)))
@@ -203,6 +213,28 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+@contextmanager
+def _counting(quiet: bool) -> Iterator[Callable[[int, float | None], None]]:
+    """Shows on a terminal how far tokenising is. The screen, and torch with it, is loaded only once there is much to tell."""
+    screen: Any = None
+    tell: Any = None
+
+    def count(rows: int, done: float | None) -> None:
+        nonlocal screen, tell
+        if tell is None:
+            from .screen import Terminal
+
+            screen = Terminal()
+            tell = screen.counting("rows tokenised")
+        tell(rows, done)
+
+    try:
+        yield count if sys.stdout.isatty() and not quiet else lambda rows, done: None
+    finally:
+        if screen is not None:
+            screen.stop()
+
+
 @app.command(epilog="Example:  glmtune chat runs/first    or    glmtune chat runs/first --prompt 'Who are you?'")
 def chat(
     model: Model,
@@ -215,6 +247,7 @@ def chat(
     top_p: TopP = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
     seed: Annotated[int | None, typer.Option(help="Of sampling; not given: new every time.", show_default=False)] = None,
+    quant: Quant = None,
     device: Device = "auto",
 ) -> None:
     """Talk to a model. In a pipe, each line is one turn of the same conversation."""
@@ -226,7 +259,7 @@ def chat(
     from . import repl
     from .loaded import load
 
-    loaded = load(model, device=device, adapter=adapter, say=_say)
+    loaded = load(model, device=device, adapter=adapter, quant=quant, say=_say)
     talk = repl.Chat(loaded, sampling, system if system is not None else loaded.system)
     if prompt is not None:
         talk.reply(prompt)
@@ -234,9 +267,26 @@ def chat(
         repl.run(talk)
 
 
-@app.command(epilog="Example:  glmtune doctor    or    glmtune doctor smollm2-135m-instruct")
-def doctor(model: Annotated[str | None, typer.Argument(metavar="[MODEL]", show_default=False)] = None, json_: Json = False) -> None:
+@app.command(
+    epilog="Example:  glmtune doctor    or    glmtune doctor smollm2-135m-instruct    or    glmtune doctor THUDM/chatglm3-6b --fit 8GB"
+)
+def doctor(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", show_default=False)] = None,
+    fit: Annotated[
+        str | None,
+        typer.Option(help="Which ways to tune MODEL fit in this much memory: 8GB. Needs its config.json only.", show_default=False),
+    ] = None,
+    json_: Json = False,
+) -> None:
     """What this machine can do; with MODEL, what that folder is and how it would be used."""
+    if fit is not None:
+        if model is None:
+            raise UserError("--fit needs a MODEL: glmtune doctor smollm2-135m-instruct --fit 8GB")
+        from . import doctor as fits
+
+        answer = fits.fit(model, fit, _say)
+        print(json.dumps(answer, ensure_ascii=False)) if json_ else _print_fits(answer)
+        return
     from . import doctor as findings
 
     found = findings.model(model, _say) if model else findings.machine()
@@ -249,31 +299,133 @@ def doctor(model: Annotated[str | None, typer.Argument(metavar="[MODEL]", show_d
         print(f"{key}: {'; '.join(value) or 'none' if isinstance(value, list) else value}")
 
 
+def _print_fits(answer: dict[str, Any]) -> None:
+    print(
+        f"{answer['model']}: {answer['parameters'] / 1e6:,.0f} M parameters, {answer['memory_gb']:g} GB; bf16 where not packed; estimated"
+    )
+    for row in answer["settings"]:
+        how = " ".join(
+            [f"method={row['method']}", *([f"quant={row['quant']}"] if row["quant"] else []),
+             *([f"optim={row['optimizer']}"] if row["optimizer"] != "adamw" else []), *(["checkpointing=true"] if row["checkpointing"] else [])]
+        )  # fmt: skip
+        if row["max_length"] is None:
+            print(f"  {how:62} does not fit: {row['gb']:.1f} GB at the least")
+        else:
+            rows = row["rows at once"]
+            print(f"  {how:62} max_length up to {row['max_length']}, {rows} row{'s' * (rows > 1)} at once ({row['gb']:.1f} GB)")
+
+
 @app.command(
-    epilog="Example:  glmtune export runs/first --to models/first    or    glmtune export THUDM/chatglm3-6b --to chatglm3-native"
+    epilog="Example:  glmtune export runs/first --to models/first    or    glmtune export THUDM/chatglm3-6b --to chatglm3-native    "
+    "or    glmtune export runs/first --to first.gguf --outtype q8_0"
 )
 def export(
     model: Model,
-    to: Annotated[Path, typer.Option(help="Folder to write; it must not exist.", show_default=False)],
+    to: Annotated[Path, typer.Option(help="Folder to write, or NAME.gguf for llama.cpp; it must not exist.", show_default=False)],
     adapter: Adapter = None,
     dtype: Annotated[str, typer.Option(help="auto (the published one), bf16, fp16, fp32.")] = "auto",
     shard_size: Annotated[float, typer.Option(min=0.01, help="Largest weight file, in GB.")] = 4.0,
     unmerged: Annotated[bool, typer.Option("--unmerged", help="Keep the adapter beside the weights, in TO/adapter.")] = False,
+    outtype: Annotated[
+        str | None, typer.Option(help="Numbers of a GGUF file: f16 (if not given), bf16, q8_0, f32; q4_k_m says how.")
+    ] = None,
+    layout: Annotated[
+        str, typer.Option(help="native; published: the adapter alone, for the code that was published with ChatGLM, Baichuan ...")
+    ] = "native",
     json_: Json = False,
 ) -> None:
-    """Write a folder that plain transformers opens: weights (adapter merged), tokenizer.json, chat template."""
+    """Write a folder that plain transformers opens, or a GGUF file: weights (adapter merged), tokenizer, chat template."""
+    if layout not in ("native", "published"):
+        raise UserError(f"--layout {layout}: wanted native or published")
+    if layout == "published":
+        from .importing import export_published
+
+        if dtype != "auto" or unmerged or outtype is not None:
+            raise UserError("--layout published writes the adapter as it is; leave out --dtype, --unmerged and --outtype")
+        folder = export_published(adapter, model, to, _say)
+        print(json.dumps({"to": str(folder)}) if json_ else f"{folder}: the adapter in the layout that {model} was published in")
+        return
     if dtype not in ("auto", "bf16", "fp16", "fp32"):
         raise UserError(f"--dtype {dtype}: wanted auto, bf16, fp16 or fp32")
     from .export import export as start
 
-    folder = start(model, to, adapter=adapter, dtype=dtype, shard_gb=shard_size, unmerged=unmerged, say=_say)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    made = start(model, to, adapter=adapter, dtype=dtype, shard_gb=shard_size, unmerged=unmerged, outtype=outtype, say=_say)
+    files = [made] if made.is_file() else sorted(path for path in made.rglob("*") if path.is_file())
     total = sum(path.stat().st_size for path in files)
     if json_:
-        found = {"to": str(folder), "bytes": total, "files": [str(path.relative_to(folder)) for path in files]}
+        folder = made.parent if made.is_file() else made
+        found = {"to": str(made), "bytes": total, "files": [str(path.relative_to(folder)) for path in files]}
         print(json.dumps(found, ensure_ascii=False))
     else:
-        print(f"{folder}: {len(files)} files, {total / 1e9:.2f} GB, read back and compared")
+        print(f"{made}: {len(files)} file{'s' * (len(files) > 1)}, {total / 1e9:.2f} GB, read back and compared")
+
+
+@app.command("import", epilog="Example:  glmtune import old/lora --model THUDM/chatglm3-6b --to adapters/old --prompt self-llm")
+def import_(
+    old: Annotated[
+        str,
+        typer.Argument(
+            metavar="OLD",
+            help="An adapter folder of any tool, a pytorch_model.bin, or a run file (.yaml, .json, .sh).",
+            show_default=False,
+        ),
+    ],
+    to: Annotated[Path, typer.Option(help="Folder (or run file) to write; it must not exist.", show_default=False)],
+    model: Annotated[
+        str | None, typer.Option(help="Its base, as published; not given: what the adapter names.", show_default=False)
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="Whose prompts it was trained on: self-llm, llm-tuning ...; not given: recognised.", show_default=False),
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Bring an adapter of another tool here: LoRA on the published layers (query_key_value ...) or a published prefix; or a run file."""
+    from . import oldruns
+
+    if oldruns.is_run_file(old):
+        if model or prompt:
+            raise UserError(f"--model and --prompt are for adapters; {old} is a run file, change them in {to} afterwards")
+        oldruns.convert(old, to, _say)
+        print(json.dumps({"to": str(to)}) if json_ else f"{to}: a run file; look at it, then: glmtune show {to}")
+        return
+    from .importing import import_adapter
+
+    folder = import_adapter(old, model, to, prompt, _say)
+    print(
+        json.dumps({"to": str(folder)})
+        if json_
+        else f"{folder}: an adapter; talk to it: glmtune chat {model or 'MODEL'} --adapter {folder}"
+    )
+
+
+@app.command(epilog="Example:  glmtune mix runs/a=0.7 runs/b=0.3 --to adapters/c")
+def mix(
+    parts: Annotated[list[str], typer.Argument(metavar="ADAPTER=WEIGHT...", help="Adapter or run folders.", show_default=False)],
+    to: Annotated[Path, typer.Option(help="Folder to write; it must not exist.", show_default=False)],
+    how: Annotated[str, typer.Option(help="cat: exact, ranks add up. svd: the nearest of --rank. linear, ties, dare.")] = "cat",
+    rank: Annotated[int | None, typer.Option(help="Of svd, ties and dare; not given: the largest.", show_default=False)] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Share that ties and dare keep; not given: 0.5.", show_default=False)
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Their base, to check them against it.", show_default=False)] = None,
+    seed: Annotated[int, typer.Option(help="Of dare.")] = 0,
+    json_: Json = False,
+) -> None:
+    """Make one LoRA adapter of several, each with a weight."""
+    weighed = []
+    for part in parts:
+        name, equals, weight = part.rpartition("=")
+        try:
+            weighed.append((name, float(weight)))
+        except ValueError:
+            equals = ""
+        if not equals or not name:
+            raise UserError(f"'{part}': wanted ADAPTER=WEIGHT, as in runs/a=0.7")
+    from .blend import mix as start
+
+    folder = start(weighed, to, how, rank, density, model, seed, _say)
+    print(json.dumps({"to": str(folder)}) if json_ else f"{folder}: the mix of {len(weighed)} adapters, written and read back")
 
 
 @app.command(epilog="Example:  glmtune options method.lora")
@@ -456,10 +608,8 @@ def data_tokenize(
         raise UserError(f"{to} exists already and is never overwritten; choose another --to, or remove it")
     _, wanted = plan.wanted(run, _say)
     began = time.monotonic()
-    from .screen import counting
-
-    with counting("rows tokenised") as count:
-        made = tokenised(wanted, to, _say, workers, count, keep=True)
+    with _counting(quiet=json_) as progress:
+        made = tokenised(wanted, to, _say, workers, progress, keep=True)
     found = {
         "folder": str(made.folder), "rows": made.about["rows"], "sequences": len(made), "tokens": int(made.lengths.sum()),
         "learned_tokens": int(made.arrays["learned"].sum()), "seconds": round(time.monotonic() - began, 2), "notes": made.about["notes"],
@@ -500,12 +650,23 @@ def data_design(
     json_: Json = False,
 ) -> None:
     """Structured records <-> training samples (sample design, arXiv 2404.13033)."""
+    import shlex
     from dataclasses import asdict
 
     from . import design
 
     if [records, parse, table].count(None) != 2:
         raise UserError("give one of RECORDS (with --out or --sweep), --parse PREDICTIONS or --table FOLDER")
+    given = {"--schema": schema, "--set": set_, "--language": language, "--out": out, "--test": test, "--sweep": sweep}
+    if table is not None:
+        how, unused = "with --table", list(given)
+    elif parse is not None:
+        how, unused = "with --parse", ["--test", "--sweep"]
+    else:
+        how, unused = ("without --sweep", ["--test"]) if sweep is None else ("with --sweep", ["--out"])
+    for name in unused:
+        if given[name]:
+            raise UserError(f"{name} is of no use {how}; leave it out")
     if table is not None:
         scores = design.table(table)
         if json_:
@@ -537,13 +698,16 @@ def data_design(
     if sweep is not None:
         if test is None:
             raise UserError("--sweep needs --test FILE: records that are not trained on, to compare the designs with")
-        names = design.sweep(items, design.read(test, read), read, schema, chosen, sweep, model)
+        asked = design.read(test, read)
+        known = design.trained_on(items, asked)
+        if known:
+            _say(f"note: {len(known)} of {len(asked)} test texts are trained on too: {', '.join(known[:3])}")
+        names = design.sweep(items, asked, read, schema, chosen, sweep, model)
         if json_:
             print(json.dumps({"folder": str(sweep), "designs": names}))
             return
-        print(
-            f"{len(names)} designs in {sweep}; `sh {sweep}/run.sh` trains and compares them, and continues where it was interrupted"
-        )
+        script = shlex.quote(str(sweep / "run.sh"))
+        print(f"{len(names)} designs in {sweep}; `sh {script}` trains and compares them, and continues where it was interrupted")
         return
     if out is None:
         raise UserError("--out FILE is missing: where to write the samples (or --sweep FOLDER for every design)")
@@ -560,10 +724,10 @@ def data_design(
 
 def _print_designs(scores: dict[str, Any]) -> None:
     width = max(map(len, scores))
-    print(f"{'design':{width}}   rows   exact  fields right  wrong format  also with tolerance")
+    print(f"{'design':{width}}   rows   exact  fields right      F1  wrong format  also with tolerance")
     for name, one in scores.items():
         shares = (
-            f"{one.rows:4}  {one.exact:6.1%}  {one.accuracy:12.1%}  {one.wrong_strict:12}  {one.wrong_soft:19}"
+            f"{one.rows:4}  {one.exact:6.1%}  {one.accuracy:12.1%}  {one.f1:6.1%}  {one.wrong_strict:12}  {one.wrong_soft:19}"
             if one
             else "no predictions yet"
         )

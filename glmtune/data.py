@@ -7,7 +7,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from functools import partial
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,8 @@ from .sources import Found, Source, find
 __all__ = ["content_hash", "find", "mix", "split", "split_hashes"]  # with everything defined here
 
 HEAD = 1000  # rows of a file that decide on its form
+LOT = 64  # rows that are handed on at once
+LOT_BYTES = 4_000_000  # of a file, after which fewer are
 
 
 @dataclass(frozen=True)
@@ -91,12 +94,52 @@ def stream(
     return Stream(find(sources, registry, say), Reading(want, join), system, variables or {}, all_variables)
 
 
+Recognised = tuple[Item | Broken, Any, int]  # a file's item, its value with the usual names, and which of `forms` it is read as
+
+
+@dataclass
+class Lot:
+    """Some rows of a file, with all that it takes to make records of them: any process can, see `Stream.read`."""
+
+    source: int
+    file: str  # its name for messages
+    forms: list[Form]
+    rows: list[Recognised]
+    done: float | None  # how much of all files was read at its end, 0 to 1; None: not known
+
+
+@dataclass
+class Read:
+    """What became of a lot. `count` is the number of its records; `used` how many rows are of which of the lot's forms."""
+
+    records: list[Any] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    used: Counter[int] = field(default_factory=Counter)
+    marks: "_Marks" = field(default_factory=lambda: _Marks({}))
+    count: int = 0
+
+
+@dataclass
+class _Open:
+    """A file that is being read: what its lots tell is added up here."""
+
+    number: int
+    source: Found
+    rows: "Rows"
+    left: int | None  # how many of its rows are wanted; None: all
+    notes: list[str]
+    used: Counter[int] = field(default_factory=Counter)
+
+
 @dataclass
 class Stream:
     """Iterating reads the files, anew each time. `notes` (lines to print) and `spans` are whole once it is exhausted.
 
     At its end it raises one UserError of at most three lines if rows were bad: the first, how many more there are and where. A file
     that cannot be read at all is a UserError at once.
+
+    For several processes: `lots` finds the rows, `read` makes records of a lot anywhere, and what it says goes to the function that
+    came with the lot, in the order of the lots; at last `finish`. Nothing depends on who reads, nor on how far `lots` is ahead.
     """
 
     sources: list[Found]
@@ -108,52 +151,105 @@ class Stream:
     spans: list[Span] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        self.notes, self.spans = [], []
-        bad, marks, start = _Bad(), _Marks(self.variables), 0
-        for number, source in enumerate(self.sources):
-            system, count, forms = source.system if source.system is not None else self.system, 0, []
-            marks.add([system or ""])
-            for record in self._records(source, bad, forms):
-                marks.add(text for text in _texts(record))
-                yield number, _finish(record, system, self.variables, self.reading.want)
-                count += 1
-            self.spans.append(Span(source.path, "+".join(dict.fromkeys(forms)), start, count))
-            start += count
-        bad.refuse()
-        if self.all_variables:
-            marks.refuse()
+        for lot, take in self.lots():
+            read = self.read(lot)
+            take(read)
+            for record in read.records:
+                yield lot.source, record
+        self.finish()
 
-    def _records(self, source: Found, bad: "_Bad", forms: list[str]) -> Iterator[Record]:
-        """Those of a source, up to its `max_samples`."""
-        columns, left = source.columns, source.max_samples
+    def lots(self, size: int = LOT) -> Iterator[tuple[Lot, Callable[[Read], None]]]:
+        """All rows in order, `size` at a time, each time with the function that is told what became of them."""
+        self._bad, self._marks = _Bad(), _Marks(self.variables)
+        self._notes: list[list[str]] = []  # of each source, of each file
+        self._counts = [0] * len(self.sources)
+        self._forms: list[dict[str, None]] = [{} for _ in self.sources]
+        sizes = {path: path.stat().st_size if path.is_file() else 0 for source in self.sources for path, _ in source.files}
+        passed, total = 0, sum(sizes[path] for source in self.sources for path, _ in source.files)
+        for number, source in enumerate(self.sources):
+            self._notes.append(source.notes)
+            left = source.max_samples
+            for path, name in source.files:
+                self._notes.append([])
+                if left is not None and left <= 0:
+                    self._notes[-1].append(f"{name}: not read (max_samples {source.max_samples} reached)")
+                    passed += sizes[path]
+                    continue
+                rows = None
+                try:
+                    file = open_file(path, name, source.columns)
+                    rows = Rows(file, islice(file.items, left), self._reading_of(source), source.adapt)
+                    opened = _Open(number, source, rows, left, self._notes[-1])
+                    for held, last in rows.lots(size):
+                        share = rows.count / left if left else 0.0
+                        if held and not file.packing:
+                            share = max(share, held[-1][0].end / max(1, sizes[path]))
+                        done = None if file.packing and not left else (passed + share * sizes[path]) / max(1, total)
+                        yield Lot(number, name, [*rows.forms], held, done), partial(self._take, opened, last)
+                except DataError as error:
+                    raise _refusal(name, rows, error) from None
+                passed += sizes[path]
+                if left is not None:
+                    left -= rows.count
+
+    def _reading_of(self, source: Found) -> Reading:
+        columns = source.columns
         if self.reading.want == "text" and columns and columns.keys() == {"prompt"}:  # as LLaMA-Factory has it
             columns = {"text": columns["prompt"]}
-        self.notes += source.notes
-        for path, name in source.files:
-            if left is not None and left <= 0:
-                self.notes.append(f"{name}: not read (max_samples {source.max_samples} reached)")
+        return replace(self.reading, format=source.format, columns=columns)
+
+    def read(self, lot: Lot) -> Read:
+        """The records of a lot. Looks at nothing but the lot and what this stream was made with."""
+        given = self.sources[lot.source].system
+        system, want, made = given if given is not None else self.system, self.reading.want, Read(marks=_Marks(self.variables))
+        made.marks.add([system or ""])
+        for row in lot.rows:
+            found = _read_row(lot.file, lot.forms, row, want, self.reading.join)
+            if isinstance(found, Problem):
+                made.problems.append(found)
                 continue
-            rows = None
-            try:
-                file = open_file(path, name)
-                reading = replace(self.reading, format=source.format, columns=columns)
-                rows = Rows(file, islice(file.items, left), reading, source.adapt)
-                for _, made in rows:
-                    if isinstance(made, Problem):
-                        bad.add(made, source)
-                    else:
-                        yield from made
-            except DataError as error:  # of what is broken the first is told: it may be why no row makes sense
-                problem = problem_of(name, (rows and not rows.chosen and rows.first_broken) or error)
-                raise UserError(
-                    problem.message if problem.kind == "missing-file" else f"{problem.place}: {problem.message}"
-                ) from None
-            if left is not None:
-                if left == rows.count and rows.notes:
-                    rows.notes[0] += f"; only the first {left} (max_samples {source.max_samples})"
-                left -= rows.count
-            self.notes += rows.notes
-            forms.append(rows.form)
+            made.used[row[2]] += 1
+            for record in found:
+                if self.variables:
+                    made.marks.add(_texts(record))
+                made.records.append(_finish(record, system, self.variables, want))
+        made.count = len(made.records)
+        return made
+
+    def _take(self, opened: _Open, last: bool, read: Read) -> None:
+        """Adds up what became of a file's lots, one after the other; with the last one the file is done."""
+        source, rows = opened.source, opened.rows
+        for problem in read.problems:
+            self._bad.add(problem, source)
+        self._marks.join(read.marks)
+        self._counts[opened.number] += read.count
+        opened.used += read.used
+        if not last:
+            return
+        try:
+            rows.finish(opened.used)
+        except DataError as error:
+            raise _refusal(rows.file.name, rows, error) from None
+        if opened.left == rows.count and rows.notes:
+            rows.notes[0] += f"; only the first {opened.left} (max_samples {source.max_samples})"
+        opened.notes += rows.notes
+        self._forms[opened.number][rows.form] = None
+
+    def finish(self) -> None:
+        """After the last lot: raises UserError for bad rows and for variables that stand nowhere; completes `notes` and `spans`."""
+        self._bad.refuse()
+        if self.all_variables:
+            self._marks.refuse()
+        self.notes = list(chain.from_iterable(self._notes))
+        starts = accumulate(self._counts, initial=0)
+        parts = zip(self.sources, self._forms, starts, self._counts, strict=False)
+        self.spans = [Span(source.path, "+".join(forms), start, count) for source, forms, start, count in parts]
+
+
+def _refusal(name: str, rows: "Rows | None", error: DataError) -> UserError:
+    """Of a file that cannot be read. Of what is broken the first is told: it may be why no row makes sense."""
+    problem = problem_of(name, (rows and not rows.chosen and rows.first_broken) or error)
+    return UserError(problem.message if problem.kind == "missing-file" else f"{problem.place}: {problem.message}")
 
 
 def load(
@@ -194,48 +290,77 @@ class Rows:
         self.file, self.items, self.reading, self.adapt, self.head = file, items, reading, adapt, head
         self.notes: list[str] = []
         self.form, self.count, self.chosen = "", 0, False
+        self.forms: list[Form] = []  # those that the rows so far are read as
+        self._keys: Counter[str] = Counter()
         self.first_broken: Broken | None = None
 
     def __iter__(self) -> Iterator[tuple[Item | Broken, list[Record] | Problem]]:
+        used: Counter[int] = Counter()
+        for row in self._recognised():
+            found = _read_row(self.file.name, self.forms, row, self.reading.want, self.reading.join)
+            if not isinstance(found, Problem):
+                used[row[2]] += 1
+            yield row[0], found
+        self.finish(used)
+
+    def lots(self, size: int) -> Iterator[tuple[list[Recognised], bool]]:
+        """Up to `size` rows at a time, and whether they are the last. Where reading ends in a DataError, what came before it is handed
+        on first, and is not the last."""
+        rows, last, error = self._recognised(), False, None
+        while not last and error is None:
+            held: list[Recognised] = []
+            room = LOT_BYTES
+            try:
+                for row in rows:
+                    held.append(row)
+                    room -= row[0].end - row[0].start
+                    if len(held) == size or room < 0:
+                        break
+                else:
+                    last = True
+            except DataError as found:
+                error = found
+            yield held, last
+        if error is not None:
+            raise error
+
+    def _recognised(self) -> Iterator[Recognised]:
         items = iter(self.items)
         head, whole = self._first(items)
         if not head:
             raise DataError("empty-file", "the file has no rows")
         good = [item for item in head if isinstance(item, Item)]
         self.first_broken = next((item for item in head if isinstance(item, Broken)), None)
-        values, keys = [self.adapt(item.value) for item in good], Counter()
-        _count_keys(keys, values)
+        values = [self.adapt(item.value) for item in good]
+        _count_keys(self._keys, values)
         try:
-            main, form_of = choose_forms(values, self.reading)
-            columns = self._check_columns(main, keys) if whole else []
+            self._main, form_of = choose_forms(values, self.reading)
+            self._columns = self._check_columns() if whole else None
         except DataError as error:
             error.line = good[0].line if good else 1
             raise
         self.chosen = True
-        used: Counter[int] = Counter()
-        forms: dict[int, Form] = {}
+        places: dict[int, int] = {}  # where a form stands in `forms`
         for number, item in enumerate(chain(head, items)):
             self.count += 1
             if isinstance(item, Broken):
-                yield item, problem_of(self.file.name, item)
+                yield item, None, 0
                 continue
             value = self.adapt(item.value)
             if number >= len(head):
-                _count_keys(keys, [value])
+                _count_keys(self._keys, [value])
             form = form_of(value)
-            try:
-                made = parse_rows(value, form, self.reading.want, self.reading.join)
-            except DataError as error:
-                yield item, Problem(self.file.name, item.line, error.kind, str(error))
-                continue
-            where = f"{self.file.name}:{item.line}"
-            yield item, [replace(record, where=where, meta={"row": item.value, **record.meta}) for record in made]
-            forms[id(form)] = form
-            used[id(form)] += 1
-        counts = Counter({forms[one].describe(keys): count for one, count in used.items()})
-        self.notes = _file_notes(self.file, counts, main, keys, self.reading.want)
-        self.notes += columns if whole else self._check_columns(main, keys)
-        self.form = main.name
+            place = places.setdefault(id(form), len(places))
+            if place == len(self.forms):
+                self.forms.append(form)
+            yield item, value, place
+
+    def finish(self, used: Counter[int]) -> None:
+        """used: how many rows are of which of `forms`. Raises DataError for columns that no row has."""
+        counts = Counter({self.forms[one].describe(self._keys): count for one, count in used.items()})
+        self.notes = _file_notes(self.file, counts, self._main, self._keys, self.reading.want)
+        self.notes += self._columns if self._columns is not None else self._check_columns()
+        self.form = self._main.name
 
     def _first(self, items: Iterator[Item | Broken]) -> tuple[list[Item | Broken], bool]:
         """The rows that decide, and whether they are all."""
@@ -247,8 +372,21 @@ class Rows:
                 return found, False
         return found, True
 
-    def _check_columns(self, main: Form, keys: Counter[str]) -> list[str]:
-        return _check_columns(main, keys, self.reading.want) if self.reading.columns is not None and keys else []
+    def _check_columns(self) -> list[str]:
+        known = self.reading.columns is not None and self._keys
+        return _check_columns(self._main, self._keys, self.reading.want) if known else []
+
+
+def _read_row(name: str, forms: list[Form], row: Recognised, want: Want, join: str) -> list[Record] | Problem:
+    item, value, form = row
+    if isinstance(item, Broken):
+        return problem_of(name, item)
+    try:
+        made = parse_rows(value, forms[form], want, join)
+    except DataError as error:
+        return Problem(name, item.line, error.kind, str(error))
+    where = f"{name}:{item.line}"
+    return [replace(record, where=where, meta={"row": item.value, **record.meta}) for record in made]
 
 
 def _count_keys(keys: Counter[str], values: Iterable[Any]) -> None:
@@ -341,7 +479,7 @@ class _Bad:
 def _finish(record: Record, system: str | None, variables: dict[str, str], want: Want) -> Record:
     """The run's share of a row: default system turn, variables, and for prediction the answer moved to `meta`."""
     if isinstance(record, Document):
-        return replace(record, text=_fill(record.text, variables))
+        return replace(record, text=_fill(record.text, variables)) if variables else record
     turns = record.turns
     if system is not None and turns[0].role != "system":
         turns = (Turn("system", system), *turns)
@@ -352,7 +490,7 @@ def _finish(record: Record, system: str | None, variables: dict[str, str], want:
         return replace(record, turns=turns, chosen=chosen, rejected=rejected)
     if want == "prompts" and turns[-1].role == "assistant":
         return replace(record, turns=turns[:-1], meta={**record.meta, "reference": turns[-1].text})
-    return replace(record, turns=turns)
+    return replace(record, turns=turns) if turns is not record.turns else record
 
 
 def _texts(record: Record) -> list[str]:
@@ -383,6 +521,13 @@ class _Marks:
                 self.missing.pop(name, None)
                 if len(self.found) < 50:
                     self.found[name] = None
+
+    def join(self, other: "_Marks") -> None:
+        """Adds what was found in later rows."""
+        self.missing = {name: None for name in self.missing if name in other.missing}
+        for name in other.found:
+            if len(self.found) < 50:
+                self.found[name] = None
 
     def refuse(self) -> None:
         """Raises UserError for a variable that stands nowhere."""

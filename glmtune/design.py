@@ -8,6 +8,7 @@ a separator of its design is written as a JSON string and read back as one, so n
 """
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -340,6 +341,12 @@ def not_in_text(items: Iterable[Item]) -> list[str]:
     """Spans that do not stand in their text, each with its place: worth a note, since a model can then not copy them."""
     spans = ((item, span) for item in items for value in item.record.values() if isinstance(value, list) for span in value)
     return [f"{item.where}: {span!r}" for item, span in spans if span not in item.text]
+
+
+def trained_on(train: Iterable[Item], test: Iterable[Item]) -> list[str]:
+    """The places of test records whose text is trained on too, but for case and blanks: what is asked there was learned by heart."""
+    known = {" ".join(item.text.casefold().split()) for item in train}
+    return [item.where for item in test if " ".join(item.text.casefold().split()) in known]
 
 
 # --- writing: Item -> sample ----------------------------------------------------------------------------------------------
@@ -709,11 +716,13 @@ def _clean(piece: str) -> str:
 @dataclass(frozen=True)
 class Scores:
     """exact: share of rows whose whole record is right; accuracy: share of right fields (spans as sets), for all and for each;
+    f1: of what is mentioned, counted over all rows (micro), so that an answer which calls everything unmentioned earns 0;
     wrong_strict, wrong_soft: answers of a wrong format, without and with tolerance. What is right is counted with tolerance."""
 
     rows: int
     exact: float
     accuracy: float
+    f1: float
     fields: dict[str, float]
     wrong_strict: int
     wrong_soft: int
@@ -729,8 +738,16 @@ def score(gold: Sequence[Record], parsed: Sequence[Parsed], schema: Schema) -> S
     count = max(len(pairs), 1)
     each = {one.name: sum(right(one.name, *pair) for pair in pairs) / count for one in schema.fields}
     exact = sum(all(right(one.name, *pair) for one in schema.fields) for pair in pairs) / count
+    said = [(_said(wanted), _said(got.record)) for wanted, got in pairs]
+    both, total = sum(len(wanted & got) for wanted, got in said), sum(len(wanted) + len(got) for wanted, got in said)
     wrong = [sum(got.how in hows for got in parsed) for hows in (("soft", "failed"), ("failed",))]
-    return Scores(len(pairs), exact, sum(each.values()) / len(each), each, wrong[0], wrong[1])
+    return Scores(len(pairs), exact, sum(each.values()) / len(each), 2 * both / total if total else 1.0, each, wrong[0], wrong[1])
+
+
+def _said(record: Record) -> set[tuple[str, str]]:
+    """(field, label or span) of all that is mentioned."""
+    listed = ((name, value if isinstance(value, list) else [value]) for name, value in record.items())
+    return {(name, one) for name, values in listed for one in values if one is not None}
 
 
 def parse_rows(path: str, schema: Schema, design: Design) -> tuple[list[dict[str, Any]], list[Parsed], Scores | None]:
@@ -775,8 +792,9 @@ def sweep(
         raise UserError(f"{folder} exists already and is never overwritten; choose another folder, or remove it")
     for part in ("train", "test", "runs", "predictions"):
         (folder / part).mkdir(parents=True)
-    lines = ["set -e"]
-    for name, rows in made.items():
+    up = os.path.relpath(Path.cwd(), folder.absolute())  # every path is as seen from here, wherever run.sh is called from
+    lines = ["set -e", f'cd "$(dirname "$0")"/{shlex.quote(up)}']
+    for number, (name, rows) in enumerate(made.items(), 1):
         paths = [folder / part / f"{name}.jsonl" for part in ("train", "test", "predictions")]
         for path, own in zip(paths, rows):
             write_rows(path, own)
@@ -786,7 +804,8 @@ def sweep(
         run.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
         begin = shlex.join(["glmtune", "train", str(run), "--resume"])
         ask = shlex.join(["glmtune", "predict", str(out), str(paths[1]), "--out", str(paths[2])])
-        lines.append(f'[ -e {shlex.quote(str(paths[2]))} ] || {{ {begin} "$@"; {ask}; }}')
+        say = f"echo 'design {number} of {len(made)}: {name}'"
+        lines.append(f'[ -e {shlex.quote(str(paths[2]))} ] || {{ {say}; {begin} "$@"; {ask}; }}')
     lines.append(shlex.join(["glmtune", "data", "design", "--table", str(folder)]))
     (folder / "run.sh").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "schema.yml").write_text(source.read_text(encoding="utf-8"), encoding="utf-8")

@@ -3,12 +3,13 @@
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
-from . import __version__, families
+from . import __version__, estimate, families, hub
 from .errors import UserError
 from .families import smollm2
 
@@ -144,6 +145,26 @@ def model(name: str | Path, say=lambda text: None) -> dict[str, Any]:
     if family.notes:
         found["note"] = list(family.notes)
     return found
+
+
+def fit(name: str, size: str, say=lambda text: None) -> dict[str, Any]:
+    """Which ways of tuning MODEL fit in `size` ("8GB") of memory. From its config.json alone: no weights are needed or fetched."""
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([GM])i?B?\s*", size, re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise UserError(f"--fit {size}: wanted a size of memory, like 8GB or 24GB")
+    room = float(match[1]) * (1e9 if match[2].upper() == "G" else 1e6)
+    path = Path(name).expanduser()
+    folder = (
+        families.resolve(name, say) if path.exists() or name == smollm2.NAME or not hub.is_id(name) else hub.config_folder(name)
+    )
+    model = families.load_model(folder, device="meta")
+    from .layers import blocks, prepare
+
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    prepare(model, model.dtype)
+    linear = sum(layer.weight.numel() for layer in blocks(model).values())
+    shape = estimate.Shape.of(families.config_of(folder), parameters, 0, linear)
+    return {"model": name, "parameters": parameters, "memory_gb": room / 1e9, "settings": estimate.fitting(shape, room)}
 
 
 def _advice(name: str, config: dict[str, Any], device: Any) -> str:

@@ -1,13 +1,23 @@
-"""What a run needs, before anything is loaded: memory and room on the disk, from shapes and lengths alone."""
+"""What a run needs, before anything is loaded: memory, time and room on the disk, from shapes and lengths alone.
+
+Memory counts what stays: weights, what learns, and the tensors that the backward pass keeps (read off the code of the two paths,
+forward.py). docs/memory.md compares it with measured peaks. Nothing is tried out: a probe step would change the run.
+"""
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from .errors import UserError
 
 GB = 1e9
+PROGRAM = 0.62 * GB  # Python, torch and transformers, loaded
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+PACKED = {"nf4": 0.517, "int8": 1.0, "chatglm-int4": 0.5, "chatglm-int8": 1.0}  # bytes a weight, scales included
+OPTIMIZER = {"adamw": 8.0, "adamw8bit": 2.1, "adafactor": 0.1}  # bytes a trained number
+LOGITS = 3 * 256  # rows of the vocabulary's width that exist at one time (losses.CHUNK: logits, their softmax, its gradient)
 
 
 @dataclass(frozen=True)
@@ -20,51 +30,216 @@ class Shape:
     hidden: int
     inner: int  # width inside the MLP
     vocab: int
+    queries: int = 0  # heads * head width
+    keys: int = 0  # key heads * head width
+    linear: int = 0  # parameters in the linear layers of the blocks
 
     @classmethod
-    def of(cls, config: dict, parameters: int, trainable: int) -> "Shape":
+    def of(cls, config: dict, parameters: int, trainable: int, linear: int | None = None) -> "Shape":
         config = {**config, **config.get("text_config", {})}
         hidden = config.get("hidden_size") or config.get("n_embd") or 1
+        layers = config.get("num_hidden_layers") or config.get("n_layer") or 1
+        heads = config.get("num_attention_heads") or config.get("n_head") or 1
+        width = config.get("head_dim") or hidden // heads
+        vocab = config.get("vocab_size") or config.get("padded_vocab_size") or 1
         return cls(
-            parameters,
-            trainable,
-            config.get("num_hidden_layers") or config.get("n_layer") or 1,
-            hidden,
-            config.get("intermediate_size") or config.get("n_inner") or 4 * hidden,
-            config.get("vocab_size") or config.get("padded_vocab_size") or 1,
-        )
+            parameters, trainable, layers, hidden, config.get("intermediate_size") or config.get("n_inner") or 4 * hidden, vocab,
+            heads * width, (config.get("num_key_value_heads") or heads) * width,
+            linear if linear is not None else max(0, parameters - vocab * hidden),
+        )  # fmt: skip
 
 
-def lora_parameters(shapes: dict[str, list[int]], targets: Sequence[str], rank: int, shared: Sequence[Sequence[str]] = ()) -> int:
+@dataclass(frozen=True)
+class Setting:
+    """How a run is carried out, as far as its needs depend on it."""
+
+    method: str  # lora | prefix | freeze | full
+    precision: str
+    quant: str | None = None
+    optimizer: str = "adamw"
+    tokens: int = 1024  # computed at once, padding counted
+    longest: int = 1024
+    learned: int = 1024  # of them with a loss
+    checkpointing: bool = False
+    fused: bool = False
+    depth: float = 1.0  # share of the blocks that gradients pass through (freeze: the trained ones and those above)
+
+
+def lora_parameters(shapes: dict[str, list[int]], ranks: dict[str, int], shared: Sequence[Sequence[str]] = ()) -> int:
     """Trainable parameters of LoRA on these layers: rank * (in + out) each. `shared`: layers that have one A together."""
-    once = sum(rank * shapes[f"{name}.weight"][1] for group in shared for name in group[1:])
-    return sum(rank * sum(shapes[f"{name}.weight"]) for name in targets) - once
+    once = sum(ranks[name] * shapes[f"{name}.weight"][1] for group in shared for name in group[1:])
+    return sum(rank * sum(shapes[f"{name}.weight"]) for name, rank in ranks.items()) - once
 
 
-def memory(shape: Shape, *, precision: str, full: bool, micro_tokens: int, longest: int, checkpointing: bool) -> dict[str, float]:
-    """Bytes by purpose. The activations are an upper estimate of the module path: per token and layer about 12 tensors of the
-    hidden width and 5 of the inner width in fp32; with checkpointing one layer of them, plus each layer's input."""
-    tokens = max(micro_tokens, longest)
-    layer = 4 * (12 * shape.hidden + 5 * shape.inner)
-    per_token = layer + 4 * shape.hidden * shape.layers if checkpointing else layer * shape.layers
-    stored = 4 if full or precision == "fp32" else 2
+def memory(shape: Shape, how: Setting) -> dict[str, float]:
+    """Bytes by purpose, at the moment of the peak: in the backward pass of the largest micro-batch."""
+    stored = BYTES[how.precision]
+    added = how.method in ("lora", "prefix")  # parameters beside the model's own
+    if how.method == "full":
+        weights = 4.0 * shape.parameters
+    else:
+        packed = PACKED[how.quant] if how.quant else stored
+        weights = packed * shape.linear + stored * (shape.parameters - shape.linear)
+        weights += 4.0 * shape.trainable if added else (4.0 - stored) * shape.trainable
     return {
-        "weights": shape.parameters * stored + (0 if full else 4 * shape.trainable),
-        "gradients": 4 * shape.trainable,
-        "optimizer": 8 * shape.trainable,
-        "activations": tokens * per_token + 3 * 256 * shape.vocab * 4,
-        "program": 0.6 * GB,
+        "weights": weights,
+        "gradients": 4.0 * shape.trainable,
+        "optimizer": OPTIMIZER[how.optimizer] * shape.trainable,
+        "activations": _activations(shape, how),
+        "program": PROGRAM,
     }
 
 
-def refuse_memory(need: dict[str, float], available: float, where: str) -> None:
+def _activations(shape: Shape, how: Setting) -> float:
+    """Of one micro-batch. Widths: d of the model, q of all query heads, k of all key heads, f inside the MLP."""
+    d, q, k, f, s = shape.hidden, shape.queries, shape.keys, shape.inner, BYTES[how.precision]
+    head = LOGITS * shape.vocab * 4.0 + (shape.vocab * d * 4.0 if how.method == "full" and s == 2 else 0)
+    if how.fused:  # fp32 the block's input and its middle; in storage dtype q, k, v, attention's output, gate and up
+        layer = 8 * d + s * (2 * q + 2 * k + 2 * f)
+        return how.tokens * (layer * shape.layers + 4 * (4 * d + 3 * f)) + head
+    # modules: two inputs of norms, q, repeated k and v, attention's output, and gate, its silu, up: all fp32
+    layer = 4.0 * (2 * d + 2 * q + 2 * q + 3 * f)
+    if how.method == "lora":
+        layer += 4 * (2 * d + f)  # what LoRA's A reads
+    if how.method in ("freeze", "full"):
+        layer += s * (2 * d + q + f) if s == 2 else 4 * (2 * d + f)  # what the weights' gradients need
+    passing = 4.0 * (4 * d + 4 * q + 4 * f)  # made and dropped within a block
+    if how.checkpointing:
+        return how.tokens * (4 * d * shape.layers + layer + passing) + head
+    copies = 2.0 * shape.linear * how.depth if how.method in ("freeze", "full") and s == 2 else 0.0  # weights cast for products
+    return how.tokens * (layer * shape.layers * how.depth + passing) + head + copies
+
+
+def flops(shape: Shape, how: Setting, tokens: float, learned: float) -> float:
+    """Of one pass over `tokens`: forward, and backward through everything above the lowest trained place (2 a weight and token each)."""
+    per_weight = 2 + 2 * how.depth + (2 * how.depth if how.method in ("freeze", "full") else 0) + (2 if how.checkpointing else 0)
+    attention = 12 * shape.queries * shape.layers * min(how.longest, 4096) / 2
+    return tokens * (per_weight * shape.linear + attention) + learned * 6 * shape.vocab * shape.hidden
+
+
+def matmul_rate(device: Any, precision: str) -> float:
+    """FLOP a second of a product as blocks make them, over a tenth of a second on this device. Only for the time that is shown."""
+    import time
+
+    import torch
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    size = 4096 if device.type == "cuda" else 1024
+    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+
+    def wait() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    torch.matmul(a, b)
+    began, count = wait(), 0
+    while wait() - began < 0.1:
+        torch.matmul(a, b)
+        count += 1
+    return 2 * size**3 * count / (wait() - began)
+
+
+SHARE_OF_RATE = 0.5  # of the matmul rate that training reaches (bench/results: 46 to 63 % on two quiet cores)
+
+
+def seconds(shape: Shape, how: Setting, tokens: float, learned: float, rate: float) -> float:
+    return flops(shape, how, tokens, learned) / (rate * SHARE_OF_RATE)
+
+
+def words(need: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value / GB:.2f}" for name, value in need.items() if value >= 0.005 * GB)
+
+
+def refuse_memory(shape: Shape, how: Setting, available: float, where: str) -> None:
+    """Raises UserError when a run cannot fit, with the nearest setting that would."""
+    need = memory(shape, how)
     total = sum(need.values())
-    if total > available:
-        parts = ", ".join(f"{name} {value / GB:.1f}" for name, value in need.items())
-        raise UserError(
-            f"this run needs about {total / GB:.1f} GB of memory ({parts}); {where} has {available / GB:.1f} GB free\n"
-            "try: optim.micro_tokens=512   checkpointing=true   method=lora   a shorter max_length, or a smaller model"
+    if total <= available:
+        return
+    nearest = next((text for text, other in _smaller(shape, how) if sum(memory(*other).values()) <= available), None)
+    advice = f"this would fit: {nearest}" if nearest else "nothing here makes it fit; take a smaller model, or a larger machine"
+    raise UserError(
+        f"this run needs about {total / GB:.1f} GB of memory ({words(need)}); {where} has {available / GB:.1f} GB free\n{advice}"
+    )
+
+
+def _smaller(shape: Shape, how: Setting) -> Iterator[tuple[str, tuple[Shape, Setting]]]:
+    """Settings that need less, the nearest first: each goes on from the one before."""
+    said: list[str] = []
+
+    def step(text: str, shape: Shape, other: Setting) -> tuple[str, tuple[Shape, Setting]]:
+        said.append(text)
+        return " ".join(said), (shape, other)
+
+    if how.optimizer == "adamw" and how.method in ("freeze", "full"):
+        how = replace(how, optimizer="adamw8bit")
+        yield step("optim=adamw8bit", shape, how)
+    if how.tokens > how.longest:
+        how = replace(how, tokens=how.longest, learned=min(how.learned, how.longest))
+        yield step(f"optim.micro_tokens={how.longest}", shape, how)
+    if not how.checkpointing:
+        how = replace(how, checkpointing=True, fused=False)
+        yield step("checkpointing=true", shape, how)
+    if how.precision == "fp32" and how.method != "full":
+        how = replace(how, precision="bf16")
+        yield step("precision=bf16", shape, how)
+    if how.method in ("freeze", "full"):
+        how = replace(how, method="lora", depth=1.0)
+        shape = replace(shape, trainable=shape.parameters // 100)
+        said.clear()
+        said.append("checkpointing=true precision=bf16")
+        yield step("method=lora", shape, how)
+    if how.quant is None:
+        how = replace(how, quant="nf4", precision="bf16")
+        yield step("quant=nf4", shape, how)
+    while how.longest > 64:
+        how = replace(how, tokens=how.longest // 2, longest=how.longest // 2, learned=min(how.learned, how.longest // 2))
+        yield " ".join([*said, f"max_length={how.longest} too_long=skip"]), (shape, how)
+
+
+FITS = (  # what people try, from the most to the least demanding
+    ("full", None, False), ("full", None, True), ("freeze", None, True), ("lora", None, False), ("lora", None, True), ("prefix", None, True),
+    ("lora", "int8", True), ("lora", "nf4", False), ("lora", "nf4", True),
+)  # fmt: skip
+LENGTHS = (8192, 4096, 2048, 1024, 512, 256, 128)
+
+
+def fitting(shape: Shape, available: float) -> list[dict[str, Any]]:
+    """For `glmtune doctor MODEL --fit`: of each usual way to tune, the longest rows that fit one at a time, and how many of them at once."""
+    found = []
+    for method, quant, checkpointing in FITS:
+        trained = {"full": shape.parameters, "freeze": 3 * shape.linear // shape.layers, "prefix": 128 * shape.layers * shape.keys}
+        own = replace(shape, trainable=trained.get(method) or lora_size(shape))
+        optimizer = "adamw8bit" if method == "full" and checkpointing else "adamw"
+        base = Setting(
+            method, "bf16", quant, optimizer, checkpointing=checkpointing, depth=3 / shape.layers if method == "freeze" else 1.0
         )
+
+        def need(length: int, rows: int, base: Setting = base, own: Shape = own) -> float:
+            return sum(memory(own, replace(base, tokens=length * rows, longest=length, learned=length * rows)).values())
+
+        length = next((n for n in LENGTHS if need(n, 1) <= available), None)
+        row: dict[str, Any] = {
+            "method": method,
+            "quant": quant,
+            "optimizer": optimizer,
+            "checkpointing": checkpointing,
+            "max_length": length,
+        }
+        if length is not None:
+            row["rows at once"] = next(n for n in range(256, 0, -1) if need(length, n) <= available)
+            row["gb"] = round(need(length, row["rows at once"]) / GB, 2)
+        else:
+            row["gb"] = round(need(LENGTHS[-1], 1) / GB, 2)
+        found.append(row)
+    return found
+
+
+def lora_size(shape: Shape, rank: int = 8) -> int:
+    """Of LoRA on every linear layer of Llama-shaped blocks."""
+    d, q, k, f = shape.hidden, shape.queries, shape.keys, shape.inner
+    return rank * shape.layers * ((d + q) * 2 + (d + k) * 2 + (d + f) * 3)
 
 
 def refuse_disk(folder: Path, checkpoint_bytes: float, kept: int) -> None:

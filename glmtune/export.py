@@ -1,4 +1,5 @@
-"""`glmtune export`: a model, with what was trained on it, as a folder that plain transformers opens without code from anywhere."""
+"""`glmtune export`: a model, with what was trained on it, as a folder that plain transformers opens without code from anywhere, or as
+one GGUF file for llama.cpp."""
 
 import json
 import shutil
@@ -6,8 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import estimate, families, methods
+from . import estimate, families, gguf, methods
+from .chat import Template
 from .errors import UserError
+
+SHARD_GB = 4.0  # largest weight file of a folder
 
 
 def export(
@@ -16,20 +20,31 @@ def export(
     *,
     adapter: str | Path | None = None,
     dtype: str = "auto",
-    shard_gb: float = 4.0,
+    shard_gb: float = SHARD_GB,
     unmerged: bool = False,
+    outtype: str | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Path:
-    """Writes config.json, safetensors shards, tokenizer.json and chat template into the new folder `to`, and returns it.
+    """Writes config.json, safetensors shards, tokenizer.json and chat template into the new folder `to`, and returns it; where `to` ends
+    in .gguf, that file, with matrices of `outtype` (gguf.OUTTYPES; f16 if none is given).
 
     adapter (or a run's own) is merged into the weights; `unmerged` leaves it beside them in `to`/adapter, naming `to` as its base.
     dtype "auto" is the published one. Everything is read back and compared before the folder gets its name.
-    Raises UserError: `to` is taken, no room, nothing to export.
+    Raises UserError: `to` is taken, no room, nothing to export, options of a folder for a file or the other way round.
     """
     to = Path(to).expanduser().resolve()
-    if to.suffix in (".gguf", ".bin", ".safetensors"):
-        raise UserError(f"--to {to}: a folder is written, in transformers' layout; give a folder's name")
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+    single = to.suffix == ".gguf"
+    if to.suffix in (".bin", ".safetensors"):
+        raise UserError(
+            f"--to {to}: a folder is written, in transformers' layout, or a file for llama.cpp; give a folder's name or NAME.gguf"
+        )
+    if single and (dtype != "auto" or unmerged or shard_gb != SHARD_GB):
+        raise UserError(f"--to {to}: a GGUF is one file with the adapter merged, and its numbers are named by --outtype; leave out --dtype, --shard-size and --unmerged")  # fmt: skip
+    if outtype is not None and not single:
+        raise UserError(f"--outtype {outtype} is for a GGUF file: give --to NAME.gguf, or choose --dtype for a folder")
+    if single:
+        gguf.check_outtype(outtype or "f16")
+    if to.exists() and (single or not to.is_dir() or any(to.iterdir())):
         raise UserError(f"{to} exists already and is never overwritten; choose another --to, or remove it")
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
@@ -39,16 +54,13 @@ def export(
     if unmerged and place.adapter is None:
         raise UserError(f"{model} has no adapter that could be left unmerged; leave --unmerged out")
     template = families.open_template(place.tokenizer, place.template) if families.has_tokenizer(place.tokenizer) else None
+    if single:
+        return _to_gguf(place, template, to, outtype or "f16", say)
     loaded = families.load_model(place.base, dtype=dtype, device="cpu")
     kept = loaded.dtype
     estimate.refuse_room(to, families.num_parameters(place.base) * kept.itemsize)
     if place.adapter is not None and not unmerged:
-        methods.prepare(loaded, kept)
-        methods.load(loaded, place.adapter)
-        methods.merge(loaded)
-        for parameter in loaded.parameters():
-            parameter.data = parameter.data.to(kept)
-        say(f"merged {place.adapter} into the weights")
+        _merge(loaded, place.adapter, say)
     work = to.with_name(f".{to.name}.part")
     shutil.rmtree(work, ignore_errors=True)
     try:
@@ -68,6 +80,29 @@ def export(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return to
+
+
+def _merge(loaded: Any, adapter: Path, say: Callable[[str], None]) -> None:
+    kept = loaded.dtype
+    methods.prepare(loaded, kept)
+    methods.load(loaded, adapter)
+    methods.merge(loaded)
+    for parameter in loaded.parameters():
+        parameter.data = parameter.data.to(kept)
+    say(f"merged {adapter} into the weights")
+
+
+def _to_gguf(place: families.Place, template: Template | None, to: Path, outtype: str, say: Callable[[str], None]) -> Path:
+    gguf.check(families.load_model(place.base, device="meta"))
+    # A merged weight is rounded once, to what the file holds (q8_0's steps are far wider than fp16's).
+    merged = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "q8_0": "fp16"}[outtype]
+    loaded = families.load_model(place.base, dtype="auto" if place.adapter is None else merged, device="cpu")
+    if place.adapter is not None:
+        _merge(loaded, place.adapter, say)
+    if place.system:
+        say(f"it was trained with the system prompt: {place.system!r}; give it to llama.cpp too")
+    say(f"writing {families.num_parameters(place.base) / 1e6:.0f} M parameters as {outtype} ...")
+    return gguf.write(loaded, template, to, name=place.name, outtype=outtype, say=say)
 
 
 def _copy_adapter(adapter: Path, target: Path, base: Path) -> None:

@@ -9,9 +9,10 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ class Reading:
     join: str = "\n"
     format: str | None = None
     columns: dict[str, str] | None = None
+    chosen: "tuple[Form, Callable[[Any], Form]] | None" = None  # by `choose_forms`, from more rows than a reader has at once
 
 
 # --- the table of forms -------------------------------------------------------------------------------------------------
@@ -42,6 +44,7 @@ COLUMNS = (
 )  # fmt: skip
 _COMMON = {"system": "system", "tools": "tools", "weight": "weight"}
 _ASKED = {"history": "history", **_COMMON}
+_TWO = {"answer 0": "response_0", "answer 1": "response_1"}  # "better" says which, 0 or 1 (PKU-SafeRLHF)
 NAMES: dict[str, dict[str, str]] = {  # in the order in which they are tried
     "messages": {"messages": "messages", **_COMMON},
     "sharegpt": {"messages": "conversations", **_COMMON},
@@ -51,6 +54,8 @@ NAMES: dict[str, dict[str, str]] = {  # in the order in which they are tried
     "alpaca": {"prompt": "instruction", "input": "input", "response": "output", **_ASKED},
     "dolly": {"prompt": "instruction", "input": "context", "response": "response", **_ASKED},
     "preference": {"prompt": "prompt", **_ASKED},  # the prompt may also stand inside both answers
+    "saferlhf": {"prompt": "prompt", **_TWO, "better": "better_response_id", **_COMMON},
+    "saferlhf_safe": {"prompt": "prompt", **_TWO, "better": "safer_response_id", **_COMMON},
     "question-answer": {"prompt": "question", "response": "answer", **_ASKED},
     "query-response": {"prompt": "query", "response": "response", **_ASKED},
     "prompt-response": {"prompt": "prompt", "response": "response", **_ASKED},
@@ -63,6 +68,7 @@ NAMES: dict[str, dict[str, str]] = {  # in the order in which they are tried
 }
 _PAIRS = [name for name in NAMES if "-" in name]  # said as the columns that they are
 _FREE = ("firefly", "adgen")  # keys that may mean anything unless both are there
+_PREFERENCES = ("preference", "saferlhf", "saferlhf_safe")  # these have no single answer
 _OWN_KEYS: dict[Want, dict[str, str]] = {"preferences": {"chosen": "chosen", "rejected": "rejected"}, "labels": {"label": "label"}}
 _LABEL_KEYS = ("label", "kto_tag")
 _NEEDS: dict[Want, tuple[str, ...]] = {
@@ -102,7 +108,8 @@ class Form:
 
 
 def _form(name: str, want: Want, label: str = "label") -> Form:
-    names = NAMES[name] | _OWN_KEYS.get(want, {}) | ({"label": label} if want == "labels" else {})
+    own = {} if "better" in NAMES[name] else _OWN_KEYS.get(want, {})
+    names = NAMES[name] | own | ({"label": label} if want == "labels" else {})
     return Form("columns" if name in _PAIRS else name, names)
 
 
@@ -127,6 +134,8 @@ def recognise(row: dict[str, Any], want: Want) -> Form | None:
 
 
 def _fits(name: str, form: Form, row: dict[str, Any], need: Want) -> bool:
+    if "better" in form.names:
+        return need == "preferences" and {*_TWO.values(), form.names["better"]} <= row.keys()
     pair = "chosen" in row and "rejected" in row
     if need == "preferences" and name != "preference":
         two = row.get("output") if form.names.get("response") == "output" else None
@@ -143,18 +152,24 @@ def _fits(name: str, form: Form, row: dict[str, Any], need: Want) -> bool:
     return True
 
 
-def _traits(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What recognition looks at besides the keys."""
+def shape(row: dict[str, Any]) -> tuple[Any, ...]:
+    """All that recognition looks at: the keys and these traits. Rows of one shape have one form."""
     return (
+        *row,
         _has_rounds(row.get("instruction")),
         _has_rounds(row.get("chosen")),
         *(type(row.get(key)) for key in ("chosen", "output")),
     )
 
 
-def open_file(path: Path, name: str) -> File:
+def open_file(path: Path, name: str, columns: dict[str, str] | None = None) -> File:
     """`reading.open_file`, which learns from here what a row looks like."""
-    return files.open_file(path, name, lambda value: any(recognise(value, want) for want in ("prompts", "preferences")))
+
+    def is_row(value: dict[str, Any]) -> bool:
+        asked = [key for name, key in (columns or {}).items() if name in ("messages", "prompt", "text")]
+        return any(key in value for key in asked) or any(recognise(value, want) for want in ("prompts", "preferences"))
+
+    return files.open_file(path, name, is_row)
 
 
 def form_of_columns(columns: dict[str, str], format: str | None, want: Want) -> Form:
@@ -195,8 +210,8 @@ def form_of_format(format: str, want: Want) -> Form:
     if (format == "text") != (want == "text"):
         fit = "plain text has no question and no answer" if format == "text" else f"'{format}' rows are not plain text"
         raise UserError(f"format '{format}' does not fit: {fit}{_text_hint(want)}")
-    if format == "preference" and want in ("answers", "labels"):
-        raise UserError(f"format 'preference' does not fit: it has no single answer; {_STAGES['preferences']}")
+    if format in _PREFERENCES and want in ("answers", "labels"):
+        raise UserError(f"format '{format}' does not fit: it has no single answer; {_STAGES['preferences']}")
     return _FORMS[format, want] if format in NAMES else Form(format, {})
 
 
@@ -206,12 +221,14 @@ def _text_hint(want: Want) -> str:
     return f"; {_STAGES['text']}; or name the keys: columns: {{prompt: KEY, response: KEY}}"
 
 
-def choose_forms(rows: list[Any], reading: Reading) -> tuple[Form, Callable[[Any], Form]]:
+def choose_forms(rows: list[Any], reading: Reading, times: Sequence[int] = ()) -> tuple[Form, Callable[[Any], Form]]:
     """The main form of a file's rows, and a function that gives the form of each row.
 
-    Rows may differ in form where each is recognisable; a row that is not is read, and refused, as the main form.
+    times: how many rows each of `rows` stands for, if not one. Rows may differ in form where each is recognisable; a row that is not is read, and refused, as the main form.
     """
     want = reading.want
+    if reading.chosen is not None:
+        return reading.chosen
     if reading.columns is not None or reading.format is not None:
         form = (
             form_of_columns(reading.columns, reading.format, want)
@@ -224,13 +241,16 @@ def choose_forms(rows: list[Any], reading: Reading) -> tuple[Form, Callable[[Any
     def find(row: Any) -> Form | None:
         if not isinstance(row, dict):
             return None
-        traits = (*row, _traits(row))
-        if traits not in known:
-            known[traits] = recognise(row, want)
-        return known[traits]
+        own = shape(row)
+        if own not in known:
+            known[own] = recognise(row, want)
+        return known[own]
 
-    found = [one for row in rows if (one := find(row))]
-    counts = Counter(map(id, found))
+    found, counts = [], Counter[int]()
+    for row, count in zip(rows, times or repeat(1)):
+        if one := find(row):
+            found.append(one)
+            counts[id(one)] += count
     main = max(found, key=lambda one: counts[id(one)]) if found else _nearest_form(rows, want)
 
     def form_of(row: Any) -> Form:
@@ -255,7 +275,7 @@ def _nearest_form(rows: list[Any], want: Want) -> Form:
         return _FORMS[name, want]
     if "text" in keys:
         raise DataError("unknown-form", f"plain text (keys {some(keys)}) has no question and no answer{_text_hint(want)}")
-    shown = [_FORMS[name, want] for name in NAMES if name not in _PAIRS and (name != "preference" or want == "preferences")]
+    shown = [_FORMS[name, want] for name in NAMES if name not in _PAIRS and (name not in _PREFERENCES or want == "preferences")]
     known = ", ".join(form.describe(form.names.values()) for form in shown)
     raise DataError(
         "unknown-form", f"no known form in the keys {some(keys)}\nknown: {known}\nor name the keys: {_columns_to_paste(keys)}"
@@ -338,6 +358,8 @@ def _preference(row: dict[str, Any], names: dict[str, str], join: str) -> Prefer
     if isinstance(pair := row.get(response), list) and len(pair) == 2 and not row.keys() & set(keys):
         keys = f"{response}[0]", f"{response}[1]"
         row = {**row, keys[0]: pair[0], keys[1]: pair[1]}
+    if "better" in names:
+        keys = _better_first(row, names)
     for key in keys:
         if key not in row:
             raise DataError(
@@ -357,6 +379,19 @@ def _preference(row: dict[str, Any], names: dict[str, str], join: str) -> Prefer
         if not said[-1].text.strip() and not said[-1].extra.get("tool_calls"):
             raise DataError("empty-answer", f"'{key}' is empty")
     return Preference(_whole(asked + chosen[:shared], row, names), chosen[-1], rejected[-1])
+
+
+def _better_first(row: dict[str, Any], names: dict[str, str]) -> tuple[str, str]:
+    """The keys of two answers of which another key says which is better."""
+    key = names["better"]
+    if key not in row:
+        raise DataError(
+            "missing-key", f"a preference row needs the key '{key}'; this row has {some(list(row))}{_mistyped(key, row)}"
+        )
+    if isinstance(row[key], bool) or str(row[key]) not in ("0", "1"):
+        raise DataError("wrong-type", f"'{key}' must be 0 or 1, the number of the better answer, not {_show(row[key])}")
+    two = names["answer 0"], names["answer 1"]
+    return two if str(row[key]) == "0" else (two[1], two[0])
 
 
 def _apart(said: list[Turn], shared: int) -> str:
@@ -425,18 +460,29 @@ def _history(row: dict[str, Any], key: str | None) -> list[Turn]:
 
 
 _ROUND = re.compile(r"(?:^|\n)[ \t]*(Human|Assistant)[ \t]*[:：]")
+_ROUND_IN_LINE = re.compile(r"(?:^|(?<=\s))(Human|Assistant)[:：]")  # blanks where line ends were
 
 
 def _has_rounds(text: Any) -> bool:
     """Whether one text holds a conversation, as BELLE and Anthropic's HH write it."""
     if not (isinstance(text, str) and text[:64].lstrip()[:5] == "Human"):
         return False
-    marks = _ROUND.findall(text)
+    marks = _marks_of(text).findall(text)
     return bool(marks) and marks[0] == "Human" and "Assistant" in marks
 
 
+def _marks_of(text: str) -> re.Pattern[str]:
+    """Marks on lines of their own; where no Assistant has one, marks behind blanks, if the two speak in turn."""
+    if "Assistant" in _ROUND.findall(text):
+        return _ROUND
+    marks = _ROUND_IN_LINE.findall(text)
+    in_turn = all(mark == ("Human", "Assistant")[i % 2] for i, mark in enumerate(marks))
+    several = len(marks) > 2 or (len(marks) == 2 and text.rstrip()[-1] in ":：")  # two may be words of a question
+    return _ROUND_IN_LINE if several and in_turn else _ROUND
+
+
 def _rounds(text: str) -> list[Turn]:
-    first, *marked = _ROUND.split(text)
+    first, *marked = _marks_of(text).split(text)
     if first.strip() or not marked:
         raise DataError("wrong-type", f"rounds must be 'Human: ...' and 'Assistant: ...' on lines of their own, not {_show(text)}")
     roles = {"Human": "user", "Assistant": "assistant"}
@@ -447,6 +493,7 @@ def _rounds(text: str) -> list[Turn]:
 # --- messages -------------------------------------------------------------------------------------------------------------
 
 _SPEAKERS = {"human": "user", "gpt": "assistant", **{role: role for role in ROLES}}
+_SPEAKERS |= {"chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "developer": "system"}  # ShareGPT's sites, OpenAI
 _CALLERS = ("function_call", "tool_call")
 _TOOL_SPEAKERS = ("observation", "function", "tool_response")
 _BOTH = (("human", "assistant"), ("user", "assistant"), ("question", "answer"), ("input", "output"))
@@ -479,7 +526,9 @@ def _message(message: Any, number: int) -> list[Turn]:
         return [Turn(role, _text(message, key, place)) for key, role in roles if message.get(key) is not None]
     role_key, text_key = ("from", "value") if "from" in message and "role" not in message else ("role", "content")
     called = message.get("tool_calls") or message.get("function_call")
-    own = message.get("role") == "tool" and "parameters" in message and "observation" in message  # ChatGLM3's call with its result
+    own = (
+        _plain(message.get("role")) == "tool" and "parameters" in message and "observation" in message
+    )  # ChatGLM3's call with its result
     for key in (role_key,) if called or own else (role_key, text_key):  # a call may stand without any text
         if key not in message:
             raise DataError(
@@ -494,7 +543,7 @@ def _message(message: Any, number: int) -> list[Turn]:
         result = message["observation"]
         result = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
         return [Turn("assistant", "", extra={"tool_calls": _calls(message, number, given)}, **how), Turn("tool", result)]
-    if given in _CALLERS:
+    if _plain(given) in _CALLERS:
         return [Turn("assistant", "", extra={"tool_calls": _calls(message[text_key], number, given)}, **how)]
     known = (role_key, text_key, "learn", "weight", "tool_calls", "function_call")
     extra = {key: value for key, value in message.items() if key not in known}
@@ -517,13 +566,19 @@ def _calls(value: Any, number: int, given: Any) -> list[dict[str, Any]]:
 
 
 def _role(given: Any, number: int) -> str:
-    if isinstance(given, str) and given in _TOOL_SPEAKERS:
+    role = _plain(given)
+    if role in _TOOL_SPEAKERS:
         return "tool"
-    if not isinstance(given, str) or given not in _SPEAKERS:
+    if role not in _SPEAKERS:
         hint = did_you_mean(given, (*_SPEAKERS, *_CALLERS, *_TOOL_SPEAKERS)) if isinstance(given, str) else ""
         known = f"roles are {', '.join(ROLES)} (or human, gpt)"
         raise DataError("unknown-role", f"message {number} has the unknown role {given!r}; {known}{hint}")
-    return _SPEAKERS[given]
+    return _SPEAKERS[role]
+
+
+def _plain(role: Any) -> str:
+    """Roles in whatever case: User is user."""
+    return role.lower() if isinstance(role, str) else ""
 
 
 def _text(row: dict[str, Any], key: str, where: str = "") -> str:
@@ -597,9 +652,10 @@ def parse_rows(row: Any, form: Form, want: Want, join: str = "\n") -> list[Recor
     (`meta["answer"]` says which). Raises DataError (the message has no place in it)."""
     if not isinstance(row, dict):
         raise DataError("not-an-object", f"a row must be a JSON object, this is {_show(row)}")
-    if want in ("answers", "labels") and {"chosen", "rejected"} <= row.keys() and form.names.get("response") not in row:
+    two = next((pair for pair in (("chosen", "rejected"), (*_TWO.values(),)) if {*pair} <= row.keys()), None)
+    if want in ("answers", "labels") and two and form.names.get("response") not in row:
         raise DataError(
-            "preference-row", f"a preference row (chosen, rejected) has no single answer to learn; {_STAGES['preferences']}"
+            "preference-row", f"a preference row ({', '.join(two)}) has no single answer to learn; {_STAGES['preferences']}"
         )
     _require_keys(row, form, want)
     made = form.read(row, join, want)

@@ -11,14 +11,20 @@ from torch import Tensor
 from . import fused, losses
 from .batch import Batch
 from .methods import noise_of
+from .run import Run
 
 
-def choose_path(model: Any, method: str, dropout: float, device: torch.device, longest: int) -> tuple[str, str]:
+def choose_path(model: Any, run: Run, device: torch.device, longest: int, checkpointing: bool) -> tuple[str, str]:
     """("fused" | "modules", why)."""
-    if method != "lora":
-        return "modules", "every weight is trained"
-    if dropout:
-        return "modules", "dropout is on"
+    if run.method.kind != "lora":
+        return "modules", f"method {run.method.kind}"
+    for given, what in (
+        (run.method.dropout, "dropout is on"),
+        (run.neftune, "NEFTune is on"),
+        (checkpointing, "checkpointing is on"),
+    ):
+        if given:
+            return "modules", what
     if device.type != "cpu":
         return "modules", "the model runs on a GPU"
     reason = fused.unsupported(model, longest)

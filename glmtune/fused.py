@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import losses
-from .methods import Linear
+from .layers import Linear
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 QUERY_BLOCK = 256  # queries a block in the attention's backward: bounds the scores' memory, skips half of the masked part
@@ -60,6 +60,11 @@ def unsupported(model: Any, longest: int | None = None) -> str | None:
     other = next((type(layer).__name__ for layer in layers if not isinstance(layer, Linear)), None)
     if other is not None:
         return f"its linear layers are {other}; fused are only glmtune's own"
+    packed = next((layer.packed.kind for layer in layers if layer.packed is not None), None)
+    if packed is not None:
+        return f"weights are kept in {packed}; fused are dense ones"
+    if any(layer.lora_magnitude is not None or layer.under is not None for layer in layers):
+        return "the adapter is DoRA, PiSSA or has others beneath; fused is plain LoRA"
     kinds = {(layer.weight.device.type, layer.weight.dtype) for layer in layers}
     if len(kinds) != 1 or kinds.isdisjoint({("cpu", torch.float32), ("cpu", torch.bfloat16)}):
         found = ", ".join(sorted(f"{dtype} on {device}" for device, dtype in kinds))

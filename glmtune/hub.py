@@ -140,6 +140,22 @@ def download_data(name: str, pick: str, say: Callable[[str], None]) -> list[tupl
     return [(folder / file, file) for file in json.loads(listed.read_text(encoding="utf-8"))]
 
 
+def config_folder(name: str) -> Path:
+    """A folder with nothing but config.json of a model on the Hugging Face hub. Raises UserError."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    match = _ID.fullmatch(name)
+    if match is None or match[1]:
+        raise UserError(f"'{name}' is no model of the Hugging Face hub; give owner/model, or a folder with its config.json")
+    try:
+        return Path(hf_hub_download(match[2], "config.json", revision=match[3], cache_dir=cache_root() / "configs")).parent
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise UserError(
+            f"config.json of {name} cannot be fetched ({_reason(error)}); put that one file into a folder and name the folder"
+        ) from None
+
+
 def _fetched(name: str, pick: str | None, say: Callable[[str], None]) -> Path:
     match = _ID.fullmatch(name)
     if match is None or ".." in name:

@@ -7,7 +7,6 @@ from typing import Any
 
 from . import families, methods
 from .chat import Template
-from .errors import UserError
 from .generate import Sampling, published_settings, stream
 
 
@@ -40,20 +39,21 @@ def load(
     *,
     dtype: Any = "auto",
     device: Any = "auto",
-    quant: None = None,
+    quant: str | None = None,
     adapter: str | Path | None = None,
     say=lambda text: None,
 ) -> Loaded:
     """A model with tokenizer, template and (from a run's folder, or `adapter`) what was trained.
 
     path_or_id: the built-in model's name, a folder, a hub id, a run's folder or a checkpoint. dtype "auto": fp32 on the CPU where
-    it fits in a third of the memory (adapters then lose nothing), else bf16.
+    it fits in a third of the memory (adapters then lose nothing), else bf16. quant: how the weights are kept, nf4, int8, chatglm-int4,
+    chatglm-int8 or "none" (16 or 32 bits); None: as the run kept its base, or as the model was published.
     """
     import torch
 
-    if quant is not None:
-        raise UserError(f"quant: '{quant}' is not available")
     place = families.locate(path_or_id, adapter, say)
+    if quant is None:
+        quant = place.quant or ("keep" if families.published_quant(place.base) else None)
     target = families.pick_device(device) if isinstance(device, str) else device
     if dtype == "auto":
         import psutil
@@ -62,7 +62,7 @@ def load(
         dtype = torch.float32 if roomy or not families.fast_bf16(target) else torch.bfloat16
     dtype = families.as_dtype(dtype)
     template = families.open_template(place.tokenizer, place.template)
-    model = families.load_model(place.base, dtype=dtype, device=target)
+    model = families.load_model(place.base, dtype=dtype, device=target, quant=None if quant == "none" else quant)
     methods.prepare(model, dtype)
     model.generation_config.eos_token_id = template.stop_ids  # model.generate ends where chat does
     if place.adapter is not None:

@@ -1,156 +1,234 @@
-"""What is trained: LoRA adapters (in PEFT's file format) or every weight. Attach, save, check, load.
+"""What is trained: LoRA and its variants, a prefix, some blocks, or every weight. Attach, merge, save, load.
 
-`Linear` is the one linear layer of the package. It carries the precision rule (docs/architecture.md): a product with a stored
-weight may run in bf16, everything it is added to is fp32, so that small updates are not rounded away; and it carries LoRA.
+Adapters are files in PEFT's layout; `layers.Linear` computes LoRA, `prefix` computes P-Tuning v2.
 """
 
-import contextlib
-import hashlib
-import io
 import json
 import math
-import os
-from collections.abc import Iterable
-from contextlib import contextmanager
+import re
+from collections.abc import Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .errors import UserError
-from .families import pick_targets, sharing
-from .run import Full, Lora
+from . import prefix
+from .errors import UserError, did_you_mean
+from .families import frozen_choice, is_module, lora_sizes, pick_targets, sharing
+from .layers import Embedding, Linear, RowNoise, blocks, prepare, prepared
+from .run import Freeze, Full, Lora, Prefix
+from .tensors import compare, read_tensors, save_full, sync_folder, write_tensors, write_text
+
+__all__ = [
+    "Embedding",
+    "compare",
+    "read_tensors",
+    "save_full",
+    "sync_folder",
+    "write_tensors",
+    "write_text",
+]  # and all defined here
 
 PREFIX = "base_model.model."  # of every tensor in PEFT's files
+EXACT_SVD = 2048  # the smaller side of a weight up to which PiSSA decomposes it exactly
 
 
-class Linear(nn.Linear):
-    """y = x W^T + b, plus (x A^T) B^T * scaling where an adapter is attached.
+# --- attach -------------------------------------------------------------------------------------------------------------
 
-    weight [out, in] in its storage dtype; the product runs in `compute`, the result comes back in x's dtype.
-    lora_A [rank, in] and lora_B [out, rank] are fp32 or None.
+
+def attach(model: nn.Module, options: Any, seed: int) -> None:
+    """Makes the trainable parameters, in place: everything else is frozen. LoRA changes nothing before the first step.
+
+    Raises UserError for names and numbers that this model does not have, and for a quantised model where weights would be trained.
     """
-
-    lora_A: nn.Parameter | None
-    lora_B: nn.Parameter | None
-
-    def __init__(self, old: nn.Linear, compute: torch.dtype):
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = old.in_features, old.out_features
-        self.weight, self.bias = old.weight, old.bias
-        self.register_parameter("lora_A", None)
-        self.register_parameter("lora_B", None)
-        self.scaling, self.dropout, self.compute = 1.0, 0.0, compute
-        self.noise: RowNoise | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(self.compute)
-        y = F.linear(x.to(self.compute), self.weight.to(self.compute), bias).to(x.dtype)
-        if self.lora_A is None or self.lora_B is None:
-            return y
-        if self.noise is not None and self.dropout and self.training:
-            x = self.noise.drop(x, self.dropout, self)
-        return y + F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B).to(y.dtype) * self.scaling
-
-
-class Embedding(nn.Embedding):
-    """An embedding whose output is fp32, whatever its weights are stored in: the residual stream starts here."""
-
-    def __init__(self, old: nn.Embedding):
-        nn.Module.__init__(self)
-        self.num_embeddings, self.embedding_dim, self.padding_idx = old.num_embeddings, old.embedding_dim, old.padding_idx
-        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
-        self.weight = old.weight
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.embedding(input, self.weight).float()
-
-
-class RowNoise:
-    """Dropout masks that depend on (seed, step, row, layer) only, so that the cut into micro-batches changes nothing.
-
-    Set `step` and, before each forward, `spans`: (row, index of the batch or None, start, stop) of every row in the tensor.
-    """
-
-    def __init__(self, seed: int, layers: Iterable["Linear"]):
-        self.seed, self.step = seed, 0
-        self.spans: list[tuple[int, int | None, int, int]] = []
-        self.number = {id(layer): number for number, layer in enumerate(layers)}
-
-    def drop(self, x: Tensor, rate: float, layer: "Linear") -> Tensor:
-        scale = torch.zeros_like(x)
-        for row, index, start, stop in self.spans:
-            key = f"{self.seed}/{self.step}/{row}/{self.number[id(layer)]}".encode()
-            generator = torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "little"))
-            kept = (torch.rand((stop - start, x.shape[-1]), generator=generator) >= rate).to(x.device, x.dtype)
-            scale[0 if index is None else index, start:stop] = kept / (1 - rate)
-        return x * scale
-
-
-def prepare(model: nn.Module, compute: torch.dtype) -> None:
-    """Puts the precision rule into a native model, in place: our Linear and Embedding, everything else (norms) fp32."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                setattr(parent, name, Linear(child, compute))
-            elif type(child) is nn.Embedding:
-                setattr(parent, name, Embedding(child))
-    kept = {id(p) for m in model.modules() if isinstance(m, Linear | Embedding) for p in m.parameters(recurse=False)}
-    for parameter in model.parameters():
-        if id(parameter) not in kept and parameter.is_floating_point():
-            parameter.data = parameter.data.float()
-
-
-def blocks(model: Any) -> dict[str, Linear]:
-    """The linear layers that adapters go on: all but the output head."""
-    head = model.get_output_embeddings()
-    return {name: module for name, module in model.named_modules() if isinstance(module, Linear) and module is not head}
-
-
-def attach(model: nn.Module, options: Lora | Full, seed: int) -> None:
-    """Makes the trainable parameters, in place: everything else is frozen. LoRA changes nothing before the first step (B = 0)."""
     model.requires_grad_(False)
     METHODS[options.kind](model, options, seed)
 
 
 def _attach_full(model: nn.Module, options: Full, seed: int) -> None:
+    _refuse_packed(model, "full")
     for parameter in model.parameters():
-        parameter.data = parameter.data.float()
-        parameter.requires_grad_(True)
+        _train(parameter)
+
+
+def _attach_freeze(model: nn.Module, options: Freeze, seed: int) -> None:
+    _refuse_packed(model, "freeze")
+    named = dict(model.named_parameters(remove_duplicate=False))  # tied weights under both names
+    for name in frozen_choice(options, list(named)):
+        _train(named[name])
+
+
+def _train(parameter: nn.Parameter) -> None:
+    parameter.data = parameter.data.float()
+    parameter.requires_grad_(True)
+
+
+def _refuse_packed(model: nn.Module, kind: str) -> None:
+    packed = next((m.packed.kind for m in model.modules() if isinstance(m, Linear) and m.packed is not None), None)
+    if packed is not None:
+        raise UserError(
+            f"the weights are kept in {packed}, which gradient steps cannot change, and method={kind} trains them; use method=lora or method=prefix"
+        )
 
 
 def _attach_lora(model: nn.Module, options: Lora, seed: int) -> None:
     layers = blocks(model)
-    chosen = pick_targets(options.targets, list(layers))
-    first = {name: group[0] for group in sharing(chosen) for name in group} if options.share_a else {}
-    noise = RowNoise(seed, [layers[name] for name in chosen]) if options.dropout else None
+    targets = [options.targets] if isinstance(options.targets, str) else options.targets
+    chosen = pick_targets(None if targets == ["all-linear"] else targets, list(layers))
+    sizes = lora_sizes(options, chosen)
+    noise = _noise(model, seed) if options.dropout else None
     generator = torch.Generator().manual_seed(seed)
-    for name in chosen:
-        layer = layers[name]
-        A = torch.empty(options.rank, layer.in_features)
+    for folder in options.under:
+        _put_under(model, Path(folder))
+    first = {name: group[0] for group in sharing(chosen) for name in group} if options.share_a else {}
+    for number, name in enumerate(chosen):
+        layer, (rank, alpha) = layers[name], sizes[name]
+        scaling = alpha / (math.sqrt(rank) if options.rslora else rank)
+        A = torch.empty(rank, layer.in_features)
         bound = 1 / math.sqrt(layer.in_features)  # kaiming uniform with a = sqrt(5), as PEFT starts A
         A.uniform_(-bound, bound, generator=generator)
-        _set_lora(layer, A, torch.zeros(layer.out_features, options.rank), options.alpha / options.rank)
+        B = torch.zeros(layer.out_features, rank)
+        if options.pissa:
+            A, B = principal(layer.dense(), rank, scaling, seed)
+            _add_under(layer, A, -B * scaling)
+        _set_lora(layer, A, B, scaling)
+        if options.dora:
+            layer.lora_magnitude = nn.Parameter(layer.lengths())
         if first.get(name, name) != name:
             layer.lora_A = layers[first[name]].lora_A
-        layer.dropout, layer.noise = options.dropout, noise
+        layer.dropout, layer.noise = options.dropout, None if noise is None else (noise, number)
+    for name in saved_whole(model, options.modules_to_save):
+        for parameter in model.get_submodule(name).parameters(recurse=False):
+            _train(parameter)
 
 
-def _set_lora(layer: Linear, A: Tensor, B: Tensor, scaling: float) -> None:
-    device = layer.weight.device
-    layer.lora_A, layer.lora_B = nn.Parameter(A.float().to(device)), nn.Parameter(B.float().to(device))
-    layer.scaling = scaling
+def principal(weight: Tensor, rank: int, scaling: float, seed: int) -> tuple[Tensor, Tensor]:
+    """A [r, in], B [out, r] with scaling B A = the largest `rank` singular directions of weight [out, in] (PiSSA, arXiv 2404.02948, equation 2)."""
+    if min(weight.shape) <= EXACT_SVD:
+        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+        U, S, V = U[:, :rank], S[:rank], Vh[:rank].T
+    else:
+        with torch.random.fork_rng(devices=[weight.device] if weight.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            U, S, V = torch.svd_lowrank(weight, q=min(rank + 16, *weight.shape), niter=8)
+        U, S, V = U[:, :rank], S[:rank], V[:, :rank]
+    root = (S / scaling).sqrt()
+    return (V * root).T.contiguous(), (U * root).contiguous()
 
 
-METHODS = {"lora": _attach_lora, "full": _attach_full}
+def saved_whole(model: nn.Module, wanted: Sequence[str]) -> list[str]:
+    """Full names of the modules that `modules_to_save` means. Of tied weights both sides are named, since they are one."""
+    head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    held = {name: module for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
+    held = {name: module for name, module in held.items() if not isinstance(module, Linear) or module is head}
+    held = {name: module for name, module in held.items() if not isinstance(module, prefix.Encoder)}
+    chosen: dict[str, None] = {}
+    for one in wanted:
+        found = [name for name in held if is_module(name, one)]
+        if not found:
+            leaves = sorted({name.split(".")[-1] for name in held})
+            raise UserError(
+                f"method.modules_to_save names '{one}'; besides the linear layers this model has {leaves}{did_you_mean(one, leaves)}"
+            )
+        ids = {id(p) for name in found for p in held[name].parameters(recurse=False)}
+        chosen |= {name: None for name, m in held.items() if any(id(p) in ids for p in m.parameters(recurse=False))}
+    return list(chosen)
+
+
+def _set_lora(layer: Linear, A: Tensor, B: Tensor, scaling: float, magnitude: Tensor | None = None) -> None:
+    # Copies: tensors out of a file lie unaligned, and products of those round differently.
+    A, B = (tensor.to(layer.device, torch.float32, copy=True) for tensor in (A, B))
+    layer.lora_A, layer.lora_B, layer.scaling = nn.Parameter(A), nn.Parameter(B), scaling
+    layer.lora_magnitude = None if magnitude is None else nn.Parameter(magnitude.to(layer.device, torch.float32, copy=True))
+
+
+def _add_under(layer: Linear, A: Tensor, B: Tensor) -> None:
+    """A frozen low-rank piece more; B with its scaling."""
+    A, B = A.float().to(layer.device), B.float().to(layer.device)
+    layer.under = (A, B) if layer.under is None else (torch.cat([layer.under[0], A]), torch.cat([layer.under[1], B], 1))
+
+
+def _put_under(model: nn.Module, folder: Path) -> None:
+    config, _ = read_adapter(folder)
+    if config["peft_type"] != "LORA" or config.get("use_dora") or config.get("modules_to_save"):
+        raise UserError(f"method.under: {folder} is not a plain LoRA adapter; only those can stay beneath another one")
+    load(model, folder)
+    for layer in blocks(model).values():
+        if layer.lora_A is not None and layer.lora_B is not None:
+            _add_under(layer, layer.lora_A.detach(), layer.lora_B.detach() * layer.scaling)
+    unload(model)
+
+
+def _attach_prefix(model: nn.Module, options: Prefix, seed: int) -> None:
+    encoder = prefix.attach(
+        model,
+        num_virtual_tokens=options.num_virtual_tokens,
+        projection=options.projection,
+        dropout=options.dropout,
+        seed=seed,
+        noise=_noise(model, seed) if options.dropout else None,
+    )
+    encoder.requires_grad_(True)
+
+
+METHODS = {"lora": _attach_lora, "prefix": _attach_prefix, "freeze": _attach_freeze, "full": _attach_full}
+
+
+def add_neftune(model: nn.Module, alpha: float, seed: int) -> None:
+    """Noise on the embeddings of training rows (run option neftune)."""
+    for module in model.modules():
+        if isinstance(module, Embedding) and module is model.get_input_embeddings():  # pyright: ignore[reportCallIssue]
+            module.noise = (_noise(model, seed), alpha)
+
+
+def _noise(model: nn.Module, seed: int) -> RowNoise:
+    found = noise_of(model)
+    if found is None:
+        found = RowNoise(seed)
+        object.__setattr__(model, "row_noise", found)  # no module, no parameter
+    return found
 
 
 def noise_of(model: nn.Module) -> RowNoise | None:
-    return next((layer.noise for layer in blocks(model).values() if layer.noise is not None), None)
+    return getattr(model, "row_noise", None)
+
+
+def start_from(model: nn.Module, folder: Path) -> None:
+    """Gives the attached, trainable adapter the values of a saved one. Raises UserError where names or shapes differ."""
+    config, tensors = read_adapter(folder)
+    if config["peft_type"] == "PREFIX_TUNING":
+        prefix.from_peft(model, tensors, config)  # into the one that is attached
+        return
+    parameters, wrong = trainable(model), []
+    for name, parameter in parameters.items():
+        saved = tensors.pop(_peft_name(name), None)
+        if saved is None or saved.shape != parameter.shape:
+            wrong.append(f"{name}: {'not there' if saved is None else f'{list(saved.shape)}, wanted {list(parameter.shape)}'}")
+        else:
+            parameter.data.copy_(saved)
+    held = {id(parameter) for parameter in parameters.values()}
+    for name in list(tensors):  # an A that is shared, or both sides of tied weights
+        twin = _parameter(model, name)
+        if twin is not None and id(twin) in held:
+            if not torch.equal(twin.detach().cpu(), tensors[name].float()):
+                raise UserError(f"method.start: {folder} holds different values for {name}, which this run shares")
+            del tensors[name]
+    wrong += [f"{name}: this run does not train it" for name in tensors]
+    if wrong:
+        raise UserError(f"method.start: {folder} does not fit this run: {'; '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}")
+
+
+def _parameter(model: nn.Module, peft_name: str) -> nn.Parameter | None:
+    name = re.sub(r"\.lora_(A|B)\.weight$", r".lora_\1", peft_name.removeprefix(PREFIX)).replace(
+        ".lora_magnitude_vector", ".lora_magnitude"
+    )
+    parent, _, leaf = name.rpartition(".")
+    try:
+        return getattr(model.get_submodule(parent), leaf, None)
+    except AttributeError:
+        return None
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -159,68 +237,151 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @contextmanager
 def disabled(model: nn.Module):
-    """The model without its adapter, inside: for the stages that compare with where they began."""
+    """The model without its adapter, inside: for the stages that compare with where they began. Frozen adapters beneath stay on."""
     layers = [layer for layer in blocks(model).values() if layer.lora_B is not None]
-    held = [layer.lora_A for layer in layers]
+    held = [(layer.lora_A, layer.lora_magnitude) for layer in layers]
+    whole = getattr(model, "saved_whole", {})
+    if any(p.requires_grad for n, p in model.named_parameters() if "lora_" not in n and not n.startswith("prefix_encoder")):
+        raise UserError("weights of the model itself are trained (modules_to_save, freeze, full): there is nothing to switch off")
     for layer in layers:
         layer.lora_A = None
+    _swap(model, whole)
     try:
-        yield
+        with ExitStack() as stack:
+            if prefix.of(model) is not None:
+                stack.enter_context(prefix.disabled(model))
+            yield
     finally:
-        for layer, A in zip(layers, held):
-            layer.lora_A = A
+        _swap(model, whole)
+        for layer, (A, magnitude) in zip(layers, held):
+            layer.lora_A, layer.lora_magnitude = A, magnitude
+
+
+def _swap(model: nn.Module, whole: dict[str, Tensor]) -> None:
+    """Exchanges the weights that an adapter brought with those of the base model."""
+    for name, tensor in whole.items():
+        parameter = model.get_parameter(name)
+        whole[name], parameter.data = parameter.data, tensor
+
+
+def unload(model: nn.Module) -> None:
+    """Takes an adapter off: the base model is back, bit for bit."""
+    for layer in blocks(model).values():
+        layer.lora_A = layer.lora_B = layer.lora_magnitude = None
+    if prefix.of(model) is not None:
+        prefix.detach(model)
+    whole = model.__dict__.pop("saved_whole", {})
+    _swap(model, whole)
 
 
 def merge(model: nn.Module) -> None:
-    """Adds the adapter to the weights, in place, and takes it off: W + B A * scaling, summed in fp32, kept in W's dtype."""
-    for layer in blocks(model).values():
-        if layer.lora_A is not None and layer.lora_B is not None:
-            update = (layer.lora_B.detach() @ layer.lora_A.detach()) * layer.scaling
-            layer.weight.data = (layer.weight.detach().float() + update).to(layer.weight.dtype)
-            layer.lora_A = layer.lora_B = None
+    """Adds the adapter to the weights, in place, and takes it off: W + B A * scaling (DoRA: its rows at their learned lengths), summed in
+    fp32, kept in W's dtype. Raises UserError for a prefix, which is no change of weights, and for packed weights."""
+    if prefix.of(model) is not None:
+        raise UserError("a prefix adapter (P-Tuning v2) is no change of the weights and cannot be merged; keep it beside the model")
+    for name, layer in blocks(model).items():
+        merged = merged_weight(layer)
+        if merged is None:
+            continue
+        if layer.packed is not None:
+            raise UserError(f"{name} is kept packed; an adapter is merged into the original weights: open the model without quant")
+        layer.weight.data = merged.to(layer.weight.dtype)
+        layer.lora_A = layer.lora_B = layer.lora_magnitude = layer.under = None
+
+
+def merged_weight(layer: Linear) -> Tensor | None:
+    """W with everything that is attached to it, fp32 [out, in]; None where nothing is."""
+    if layer.under is None and (layer.lora_A is None or layer.lora_B is None):
+        return None
+    weight = layer.dense()
+    if layer.under is not None:
+        weight = weight + layer.under[1] @ layer.under[0]
+    if layer.lora_A is not None and layer.lora_B is not None:
+        weight = weight + (layer.lora_B.detach() @ layer.lora_A.detach()) * layer.scaling
+        if layer.lora_magnitude is not None:
+            weight = weight * (layer.lora_magnitude.detach() / torch.linalg.norm(weight, dim=1)).unsqueeze(-1)
+    return weight
 
 
 # --- files --------------------------------------------------------------------------------------------------------------
 
 
+def _peft_name(name: str) -> str:
+    """Of a trained parameter in PEFT's files."""
+    name = re.sub(r"\.lora_(A|B)$", r".lora_\1.weight", name)
+    return PREFIX + re.sub(r"\.lora_magnitude$", ".lora_magnitude_vector", name)
+
+
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter under PEFT's names, on the CPU."""
+    """The adapter under PEFT's names, on the CPU. Frozen adapters beneath are part of it, with all scalings in B then."""
     found = {}
-    for name, layer in blocks(model).items():
-        if layer.lora_A is not None and layer.lora_B is not None:
+    layers = blocks(model)
+    joined = any(layer.under is not None for layer in layers.values())
+    for name, layer in layers.items():
+        A, B = layer.lora_A, layer.lora_B
+        if joined:
+            parts = [] if A is None or B is None else [(A.detach(), B.detach() * layer.scaling)]
+            parts += [] if layer.under is None else [layer.under]
+            A, B = (torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], 1)) if parts else (None, None)
+        if A is not None and B is not None:
             # Copies: an A that layers share is written once for each of them.
-            found[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().cpu().clone()
-            found[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach().cpu().clone()
+            found[f"{PREFIX}{name}.lora_A.weight"] = A.detach().cpu().clone()
+            found[f"{PREFIX}{name}.lora_B.weight"] = B.detach().cpu().clone()
+            if layer.lora_magnitude is not None:
+                found[f"{PREFIX}{name}.lora_magnitude_vector"] = layer.lora_magnitude.detach().cpu().clone()
+    for name, module in model.named_modules():
+        if not isinstance(module, prefix.Encoder) and "prefix_encoder" not in name:
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if parameter.requires_grad and not leaf.startswith("lora_"):  # of tied weights both names are written
+                    found[f"{PREFIX}{name}.{leaf}"] = parameter.detach().cpu().clone()
     return found
 
 
-def save_adapter(model: nn.Module, folder: Path, options: Lora, base: str) -> None:
+def save_adapter(model: nn.Module, folder: Path, options: Any, base: str) -> None:
     """Writes adapter_model.safetensors and adapter_config.json, reads them back and compares. `base`: what plain PEFT should open."""
-    tensors = adapter_tensors(model)
-    kept = {id(p) for layer in blocks(model).values() for p in (layer.lora_A, layer.lora_B)}
-    lost = [name for name, parameter in trainable(model).items() if id(parameter) not in kept]
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(options, Prefix):
+        tensors, config = prefix.peft_tensors(model), prefix.peft_config(model, base)
+        lost = [name for name in trainable(model) if not name.startswith("prefix_encoder.")]
+    else:
+        tensors = adapter_tensors(model)
+        config = _lora_config(model, tensors, options, base)
+        kept = {id(p) for layer in blocks(model).values() for p in (layer.lora_A, layer.lora_B, layer.lora_magnitude)}
+        lost = [n for n, p in trainable(model).items() if id(p) not in kept and PREFIX + n not in tensors]
     if lost or not tensors:
         raise AssertionError(f"these trained tensors are in no adapter: {lost}")
-    folder.mkdir(parents=True, exist_ok=True)
     write_tensors(tensors, folder / "adapter_model.safetensors")
-    layers = [name.removeprefix(PREFIX).removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
-    config = {
+    write_text(folder / "adapter_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    compare(tensors, folder / "adapter_model.safetensors")
+
+
+def _lora_config(model: nn.Module, tensors: dict[str, Tensor], options: Lora, base: str) -> dict[str, Any]:
+    layers = blocks(model)
+    joined = any(layer.under is not None for layer in layers.values())
+    ends = ".lora_A.weight"
+    ranks = {name.removeprefix(PREFIX).removesuffix(ends): t.shape[0] for name, t in tensors.items() if name.endswith(ends)}
+    whole = sorted({n.removeprefix(PREFIX).rsplit(".", 1)[0] for n in tensors if ".lora_" not in n})
+    sizes = lora_sizes(options, list(ranks))
+    rank = max(set(ranks.values()), key=list(ranks.values()).count) if joined else options.rank
+    alpha = rank if joined else options.alpha
+    alphas = {name: ranks[name] if joined else sizes[name][1] for name in ranks}
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": options.rank,
-        "lora_alpha": options.alpha,
+        "r": rank,
+        "lora_alpha": alpha,
         "lora_dropout": options.dropout,
-        "target_modules": _shortest(layers, list(blocks(model))),
+        "target_modules": _shortest(list(ranks), list(layers)),
+        "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "modules_to_save": None,
-        "use_rslora": False,
-        "use_dora": False,
+        "modules_to_save": whole or None,
+        "use_rslora": options.rslora and not joined,
+        "use_dora": options.dora,
     }
-    write_text(folder / "adapter_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    compare(tensors, folder / "adapter_model.safetensors")
 
 
 def _shortest(chosen: list[str], names: list[str]) -> list[str]:
@@ -230,51 +391,18 @@ def _shortest(chosen: list[str], names: list[str]) -> list[str]:
     return leaves if selected == set(chosen) else sorted(chosen)
 
 
-def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Safetensors, fsynced. The bytes depend on the tensors only."""
-    save_file({name: tensors[name].contiguous() for name in sorted(tensors)}, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors makes files that only their owner may read
-    _sync(path)
-
-
-def write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """So that a rename inside it survives a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def compare(tensors: dict[str, Tensor], path: Path) -> None:
-    """Reads a file back: every tensor must be there, bit for bit."""
-    with safe_open(path, "pt") as file:
-        there = set(file.keys())
-        wrong = [n for n in tensors if n not in there or not torch.equal(file.get_tensor(n), tensors[n])]
-    if wrong:
-        raise OSError(f"{path} was written but does not read back: {wrong[:3]} differ; the disk may be full or failing")
-
-
-def load(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Attaches a saved adapter (PEFT's LoRA layout) to a prepared model, in place, and returns the model. Nothing is trainable after.
-
-    Raises UserError: no adapter there, other kinds of adapter, tensors that do not fit (all of them listed).
-    """
+def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """adapter_config.json and the tensors of an adapter folder. Raises UserError: not one, broken, or of a kind that is not known."""
     folder = Path(folder)
+    if not (folder / "adapter_config.json").is_file() and (folder / "adapter" / "adapter_config.json").is_file():
+        folder = folder / "adapter"  # a run's folder
     config_path, weights_path = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     if not config_path.is_file() or not weights_path.is_file():
         there = sorted(p.name for p in folder.iterdir())[:6] if folder.is_dir() else "no such folder"
-        raise UserError(f"{folder} is not an adapter: it needs adapter_config.json and adapter_model.safetensors; there: {there}")
+        old = " (one of another tool: glmtune import)" if folder.is_dir() and any(folder.glob("*.bin")) else ""
+        raise UserError(
+            f"{folder} is not an adapter: it needs adapter_config.json and adapter_model.safetensors{old}; there: {there}"
+        )
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
         if not isinstance(config, dict) or (
@@ -283,68 +411,94 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
             raise ValueError("it has no peft_type and lora_alpha")
     except ValueError as error:
         raise UserError(f"{config_path} is broken ({error}); copy the adapter folder again") from None
-    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("modules_to_save"):
+    kind = config.get("peft_type")
+    odd = [f"{key}={config[key]}" for key in ("fan_in_fan_out", "layer_replication", "trainable_token_indices") if config.get(key)]
+    odd += [f"bias={config['bias']}"] if config.get("bias", "none") != "none" else []
+    if isinstance(start := config.get("init_lora_weights"), str) and start.startswith(("pissa", "olora", "corda", "loftq")):
+        odd.append(f"init_lora_weights={start}: it changed its base, save it converted (path_initial_model_for_weight_conversion)")
+    if kind not in ("LORA", "PREFIX_TUNING") or odd:
+        what = f"{kind} adapters" if kind not in ("LORA", "PREFIX_TUNING") else f"LoRA with {', '.join(odd)}"
         raise UserError(
-            f"{config_path}: only plain LoRA adapters can be loaded; this one is {config.get('peft_type')} with other parts"
+            f"{config_path}: {what} cannot be loaded; LoRA (also DoRA, rsLoRA, modules_to_save) and prefix adapters can"
         )
-    tensors = read_tensors(weights_path)
-    if any(not isinstance(m, Linear) for m in model.modules() if type(m) is nn.Linear):
+    return config, read_tensors(weights_path)
+
+
+def load(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Attaches a saved adapter (PEFT's LoRA or prefix layout) in place of another one, if any, and returns the model. Nothing is trainable
+    after. `unload` takes it off again.
+
+    Raises UserError: no adapter there, other kinds of adapter, tensors that do not fit (all of them listed).
+    """
+    folder = Path(folder)
+    config, tensors = read_adapter(folder)
+    if not prepared(model):
         prepare(model, next(model.parameters()).dtype)
-    _load_lora(model, tensors, config, folder)
+    unload(model)
+    if config["peft_type"] == "PREFIX_TUNING":
+        prefix.from_peft(model, tensors, config)
+    else:
+        _load_lora(model, tensors, config, folder)
     model.requires_grad_(False)
     return model
 
 
 def _load_lora(model: nn.Module, tensors: dict[str, Tensor], config: dict[str, Any], folder: Path) -> None:
     layers, wrong, used = blocks(model), [], set()
-    for name in sorted({name.rsplit(".lora_", 1)[0] for name in tensors}):
+    whole = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if ".lora_" not in name}
+    for name in sorted({name.rsplit(".lora_", 1)[0] for name in tensors if ".lora_" in name}):
         A, B = tensors.get(f"{name}.lora_A.weight"), tensors.get(f"{name}.lora_B.weight")
-        layer = layers.get(name.removeprefix(PREFIX))
+        layer, magnitude = layers.get(name.removeprefix(PREFIX)), tensors.get(f"{name}.lora_magnitude_vector")
         if A is None or B is None or layer is None:
             wrong.append(f"{name}: {'no such layer in this model' if layer is None else 'A or B is missing'}")
         elif A.shape[1] != layer.in_features or B.shape[0] != layer.out_features or A.shape[0] != B.shape[1]:
             wrong.append(
                 f"{name}: A {list(A.shape)} and B {list(B.shape)} do not fit a layer of {layer.in_features} -> {layer.out_features}"
             )
+        elif bool(config.get("use_dora")) != (magnitude is not None and magnitude.shape == (layer.out_features,)):
+            wrong.append(f"{name}: lora_magnitude_vector and use_dora do not go together")
         else:
             used.add(name)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    saved = config.get("modules_to_save") or []
+    for name, tensor in whole.items():
+        if not any(name.rsplit(".", 1)[0].endswith(one) for one in saved):
+            wrong.append(f"{name}: neither LoRA nor one of modules_to_save")
+        elif name not in parameters or parameters[name].shape != tensor.shape:
+            there = list(parameters[name].shape) if name in parameters else "nothing of that name"
+            wrong.append(f"{name} {list(tensor.shape)}: this model has {there}")
     targets = config.get("target_modules")
     if isinstance(targets, list) and used and not wrong:
         named = [name for name in layers if any(name == target or name.endswith("." + target) for target in targets)]
         wrong += [f"{name}: A and B are missing" for name in named if PREFIX + name not in used]
+    wrong += [f"{one}: named in modules_to_save, but not there" for one in saved if not any(one in name for name in whole)]
     if wrong or not used:
         raise UserError(
             f"the adapter {folder} was made for another model ({config.get('base_model_name_or_path')}): "
             + "; ".join(wrong[:3])
             + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+            + ("" if wrong else "it holds no LoRA tensors")
         )
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     for name in used:
         short = name.removeprefix(PREFIX)
         A, B = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
-        alpha = next((v for k, v in alphas.items() if short.endswith(k)), config["lora_alpha"])
-        rank = next((v for k, v in ranks.items() if short.endswith(k)), A.shape[0])
-        _set_lora(layers[short], A, B, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+        alpha = _of_pattern(alphas, short, config["lora_alpha"])
+        rank = _of_pattern(ranks, short, A.shape[0])
+        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        _set_lora(layers[short], A, B, scaling, tensors.get(f"{name}.lora_magnitude_vector"))
+    held: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in whole.items():
+        parameter = parameters[name]
+        if id(parameter) not in seen:  # tied weights are one
+            seen.add(id(parameter))
+            held[name] = parameter.data
+            parameter.data = tensor.to(parameter.device, copy=True)  # as it was trained: fp32
+    if held:
+        object.__setattr__(model, "saved_whole", held)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """A safetensors file. Raises UserError when it is cut short or not one."""
-    try:
-        return load_file(path)
-    except Exception as error:  # safetensors raises its own bare error type
-        raise UserError(f"{path}: not a whole safetensors file ({error}); it may have been cut short, copy it again") from None
-
-
-def save_full(model: Any, folder: Path, shard: str = "4GB") -> None:
-    """A model as an ordinary Hugging Face folder in shards of at most `shard`, read back and compared."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar comes all the same
-        model.save_pretrained(folder, max_shard_size=shard)
-    state = model.state_dict()
-    for path in sorted(folder.glob("*.safetensors")):
-        _sync(path)
-        with safe_open(path, "pt") as file:
-            names = list(file.keys())
-        compare({name: state[name].cpu() for name in names}, path)
+def _of_pattern(pattern: dict[str, Any], name: str, usual: Any) -> Any:
+    """PEFT's rule: keys are regular expressions for the end of a layer's name."""
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), usual)

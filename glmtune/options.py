@@ -90,8 +90,16 @@ def override(tree: dict[str, Any], setting: str, model: type[Options] | None = N
         _item(node, last, setting)
         node[int(last)] = value
     else:
-        # A bare kind given for a group that is already written out replaces the kind and drops options of the other kind.
-        node[last] = value
+        node[last] = _other_kind(model, path, node.get(last), value)
+
+
+def _other_kind(model: type[Options] | None, path: str, held: Any, value: Any) -> Any:
+    """A bare kind (`optim=adafactor`) for a group that is written out already: it takes over the options that both kinds have."""
+    field = model.model_fields.get(path) if model else None
+    choice = next((mark for mark in field.metadata if isinstance(mark, Choice)), None) if field else None
+    if choice is None or not isinstance(value, str) or not isinstance(held, dict) or value not in choice.registry:
+        return value
+    return {**{key: kept for key, kept in held.items() if key in choice.registry[value].model_fields}, "kind": value}
 
 
 def _is_text(annotation: Any, path: list[str]) -> bool:

@@ -4,7 +4,9 @@ Needs no torch, so that a wrong run fails in a second. `glmtune show` prints a p
 """
 
 import importlib.util
-from collections.abc import Callable, Sequence
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -19,7 +21,7 @@ from .records import Conversation
 from .run import DEFAULT_LR, Run, Source
 from .stages import STAGES, Limits
 from .store import Chosen, Store
-from .tokenise import Wanted, is_store, tokenised
+from .tokenise import Progress, Wanted, is_store, tokenised
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,9 @@ class Plan:
     examples: Chosen
     dev: Chosen | None
     questions: list[Question]
-    targets: list[str]  # layers that get LoRA; empty for full tuning
+    method: Any  # run.method with everything found out: targets by full names, what `start` says of its adapter
+    targets: list[str]  # layers that get LoRA; empty for other methods
+    quant: str | None  # how frozen weights are kept: as the run says, or as the model was published
     shape: estimate.Shape
     notes: list[str] = field(default_factory=list)
 
@@ -55,26 +59,24 @@ class Plan:
         return max([*self.examples.lengths, *(self.dev.lengths if self.dev else ())])
 
 
-def make(run: Run, say: Callable[[str], None] = lambda text: None) -> Plan:
-    """Reads and checks everything a run names. say: told about downloads. Raises UserError."""
+def make(run: Run, say: Callable[[str], None] = lambda text: None, progress: Progress = lambda rows, done: None) -> Plan:
+    """Reads and checks everything a run names. say: told about downloads; progress: of tokenising many rows. Raises UserError."""
     for name in run.report_to:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"report_to: {name} is not installed; pip install {name}, or leave it out")
     folder, wanted_rows = wanted(run, say)
     shapes, template = families.tensor_shapes(folder), wanted_rows.template
-    targets, shared = [], []
-    if run.method.kind == "lora":
-        given = families.published_targets(run.method.targets, folder)
-        targets = families.pick_targets(given, families.linear_names(folder))
-        shared = families.sharing(targets) if run.method.share_a else []
+    method = _method(run, folder)
+    targets = method.targets if method.kind == "lora" else []
+    quant = _quant(run, folder)
     reads = families.reads_at_most(folder)
     reading = {"system": run.system, "variables": run.variables, "join": wanted_rows.join}
-    train = tokenised(wanted_rows, say=say)
+    train = tokenised(wanted_rows, say=say, progress=progress)
     notes = [*train.about["notes"], *_said(train)]
     examples, dev = _sides(run, train, wanted_rows.sources)
     if run.eval.data:
         held, place = _found(run, run.eval.data, say)
-        other = tokenised(replace(wanted_rows, sources=held, all_variables=False, stored=place), say=say)
+        other = tokenised(replace(wanted_rows, sources=held, all_variables=False, stored=place), say=say, progress=progress)
         dev = Chosen(other, np.arange(len(other)))
         notes += [f"dev: {note}" for note in [*other.about["notes"], *_said(other)]]
     elif dev is not None:
@@ -89,11 +91,98 @@ def make(run: Run, say: Callable[[str], None] = lambda text: None) -> Plan:
             f"warning: {len(beyond)} rows are longer than the {reads} tokens this model was made for (longest {max(beyond)})"
         )
     parameters = families.num_parameters(folder)
-    trainable = estimate.lora_parameters(shapes, targets, run.method.rank, shared) if targets else parameters
+    trainable = _trainable(method, folder, shapes)
+    linear = sum(math.prod(shapes[f"{name}.weight"]) for name in families.linear_names(folder))
     return Plan(
-        run, folder, template, examples, dev, _questions(run, template, wanted_rows.sources, reading, reads), targets,
-        estimate.Shape.of(families.config_of(folder), parameters, trainable), notes,
+        run, folder, template, examples, dev, _questions(run, template, wanted_rows.sources, reading, reads), method, targets, quant,
+        estimate.Shape.of(families.config_of(folder), parameters, trainable, linear), notes,
     )  # fmt: skip
+
+
+def _method(run: Run, folder: Path) -> Any:
+    """The run's method with names of layers as this model has them, and with what `start` says of its adapter."""
+    method = run.method
+    if getattr(method, "start", None):
+        method = _continued(method)
+    if method.kind == "lora":
+        given = [method.targets] if isinstance(method.targets, str) else method.targets
+        given = families.published_targets(None if given == ["all-linear"] else given, folder)
+        targets = families.pick_targets(given, families.linear_names(folder))
+        families.lora_sizes(method, targets)  # names in ranks and alphas
+        method = method.model_copy(update={"targets": targets})
+    return method
+
+
+# adapter_config.json -> option. What is not given follows from the adapter; what is given must agree with it.
+_SAID_BY_ADAPTER = {
+    "lora": {"r": "rank", "lora_alpha": "alpha", "use_dora": "dora", "use_rslora": "rslora", "rank_pattern": "ranks",
+             "alpha_pattern": "alphas", "target_modules": "targets", "modules_to_save": "modules_to_save"},
+    "prefix": {"num_virtual_tokens": "num_virtual_tokens"},
+}  # fmt: skip
+
+
+def _continued(method: Any) -> Any:
+    """method.start: rank, targets and the like are those of the adapter."""
+    folder = Path(method.start).expanduser()
+    folder = folder if (folder / "adapter_config.json").is_file() else folder / "adapter"
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        kind = {"LORA": "lora", "PREFIX_TUNING": "prefix"}.get(config.get("peft_type"))
+    except (OSError, ValueError, AttributeError):
+        raise UserError(
+            f"method.start={method.start} is neither an adapter nor a finished run; wanted a folder with adapter_config.json"
+        ) from None
+    if kind is None or kind != method.kind:
+        raise UserError(
+            f"method.start={method.start} holds a {kind or config.get('peft_type')} adapter, this run has method={method.kind}"
+        )
+    found = {option: config[key] for key, option in _SAID_BY_ADAPTER[kind].items() if config.get(key) is not None}
+    if kind == "prefix":
+        found["projection"] = config.get("encoder_hidden_size") is not None and not config.get("prefix_projection")
+    given = {option for option in found if option in method.model_fields_set and getattr(method, option) != found[option]}
+    if given:
+        name = min(given)
+        raise UserError(
+            f"method.start={method.start} has {name} {found[name]}, this run says {getattr(method, name)}; leave method.{name} out"
+        )
+    if getattr(method, "pissa", False):
+        raise UserError("method.start goes on from an adapter, method.pissa starts anew from the weights; give one")
+    return method.model_copy(update=found)
+
+
+def _quant(run: Run, folder: Path) -> str | None:
+    kept = families.published_quant(folder)
+    if kept and run.method.kind in ("freeze", "full"):
+        raise UserError(
+            f"{run.model} is published in {kept}, which gradient steps cannot change, and method={run.method.kind} trains its weights; "
+            "use method=lora or method=prefix, or the 16-bit model"
+        )
+    return families.quant_kind(folder, run.quant or ("keep" if kept else None))
+
+
+def _trainable(method: Any, folder: Path, shapes: dict[str, list[int]]) -> int:
+    """How many numbers a method trains. Counted from shapes: no weights are read."""
+    tied = bool(families.config_of(folder).get("tie_word_embeddings"))
+    size = {name: math.prod(shape) for name, shape in shapes.items() if not (tied and name == "lm_head.weight")}
+    head = next((name for name in size if "embed" in name), "") if tied else ""  # tied weights are one, under two names
+    named = [*size, *(["lm_head.weight"] if tied else [])]
+
+    def chosen(names: Iterable[str]) -> int:
+        return sum(size[name] for name in {head if tied and name == "lm_head.weight" else name for name in names})
+
+    if method.kind == "lora":
+        sizes = families.lora_sizes(method, method.targets)
+        shared = families.sharing(method.targets) if method.share_a else []
+        count = estimate.lora_parameters(shapes, {name: rank for name, (rank, _) in sizes.items()}, shared)
+        count += sum(shapes[f"{name}.weight"][0] for name in method.targets) if method.dora else 0
+        return count + chosen(
+            name for name in named for one in method.modules_to_save if families.is_module(name.rsplit(".", 1)[0], one)
+        )
+    if method.kind == "prefix":
+        return families.prefix_parameters(folder, method.num_virtual_tokens, method.projection)
+    if method.kind == "freeze":
+        return chosen(families.frozen_choice(method, named))
+    return sum(size.values())
 
 
 def wanted(run: Run, say: Callable[[str], None]) -> tuple[Path, Wanted]:

@@ -136,12 +136,59 @@ class Lora(Options):
     rank: Positive = Field(default=8, description="rank of the update")
     alpha: float = Field(default=16, gt=0, description="the update is scaled by alpha / rank")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
-    targets: list[str] | None = Field(
-        default=None, description="names of the linear layers to adapt; null: every linear layer of the blocks"
+    targets: list[str] | str | None = Field(
+        default=None,
+        description="the linear layers to adapt: names, a regular expression, all-linear; null: every linear layer of the blocks",
     )
     share_a: bool = Field(
         default=False, description="q, k and v share one A, as LoRA on ChatGLM's fused query_key_value has it: a third of the A's"
     )
+    dora: bool = Field(default=False, description="learn each row's length apart from its direction (DoRA, arXiv 2402.09353)")
+    rslora: bool = Field(default=False, description="scale by alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732), for high ranks")
+    pissa: bool = Field(default=False, description="start from each weight's largest singular directions (PiSSA, arXiv 2404.02948)")
+    lr_ratio: float | None = Field(
+        default=None, gt=0, description="learning rate of B over that of A (LoRA+, arXiv 2402.12354, uses 16); null: the same"
+    )
+    ranks: dict[str, Positive] = Field(default={}, description="other ranks for some layers: {down_proj: 16}, names as in targets")
+    alphas: dict[str, float] = Field(default={}, description="other alphas for some layers, names as in targets")
+    modules_to_save: list[str] = Field(
+        default=[], description="further modules trained whole, in fp32, and saved in the adapter: embed_tokens, lm_head, norm"
+    )
+    start: str | None = Field(default=None, description="an adapter (or a run's folder) whose weights training goes on from")
+    under: list[str] = Field(
+        default=[],
+        description="trained LoRA adapters that stay switched on, frozen, beneath the new one; the result holds them too",
+    )
+
+
+class Prefix(Options):
+    """P-Tuning v2 (arXiv 2110.07602): learned keys and values in front of every layer's own, as ChatGLM-6B publishes it."""
+
+    kind: Literal["prefix"] = "prefix"
+    num_virtual_tokens: Positive = Field(default=64, description="length of the prefix, in tokens")
+    projection: bool = Field(
+        default=False, description="make the prefix by a small two-layer network (published: prefix_projection)"
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the prefix while training (the published code has 0.1)")
+    start: str | None = Field(default=None, description="a prefix adapter (or a run's folder) that training goes on from")
+
+
+class Freeze(Options):
+    """Some blocks are trained whole, in fp32; the rest is frozen."""
+
+    kind: Literal["freeze"] = "freeze"
+    last: Positive | None = Field(default=None, description="train the last n blocks; null with neither first nor layers: 3")
+    first: Positive | None = Field(default=None, description="train the first n blocks")
+    layers: list[int] | None = Field(default=None, description="train the blocks of these numbers, counted from 0 (-1: the last)")
+    modules: Literal["all", "mlp", "attention"] = Field(default="all", description="what of a block is trained")
+    others: list[str] = Field(default=[], description="modules outside the blocks trained too: embed_tokens, lm_head, norm")
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> "Freeze":
+        given = [name for name in ("last", "first", "layers") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude each other; give one")
+        return self
 
 
 class Full(Options):
@@ -154,11 +201,11 @@ Chat = Literal[  # the names of chat.FORMS and families.CHATS
     "auto", "plain", "chatml", "alpaca", "chatglm", "chatglm2", "chatglm3", "glm4", "characterglm", "codegeex2", "internlm", "internlm2", "baichuan", "baichuan2",
     "llama2", "chinese-alpaca", "chinese-alpaca-2",
 ]  # fmt: skip
-METHODS: dict[str, type[Options]] = {"lora": Lora, "full": Full}
+METHODS: dict[str, type[Options]] = {"lora": Lora, "prefix": Prefix, "freeze": Freeze, "full": Full}
+ADAPTERS = ("lora", "prefix")  # methods whose result stands beside the base model; of the others it is a whole model
 
 
-class AdamW(Options):
-    kind: Literal["adamw"] = "adamw"
+class _Optimizer(Options):
     lr: float | None = Field(default=None, gt=0, description="learning rate; null: the method's own default, said aloud")
     epochs: float = Field(default=3, gt=0, description="passes over the data")
     steps: Positive | None = Field(default=None, description="instead of epochs: this many optimizer steps")
@@ -176,7 +223,23 @@ class AdamW(Options):
     clip: float | None = Field(default=1.0, gt=0, description="largest gradient norm; null: no clipping")
 
 
-OPTIMIZERS: dict[str, type[Options]] = {"adamw": AdamW}
+class AdamW(_Optimizer):
+    kind: Literal["adamw"] = "adamw"
+
+
+class AdamW8bit(_Optimizer):
+    """AdamW whose two averages are kept in 8 bits, by blocks (arXiv 2110.02861): a quarter of the memory."""
+
+    kind: Literal["adamw8bit"] = "adamw8bit"
+
+
+class Adafactor(_Optimizer):
+    """Second moments kept as one number a row and a column (arXiv 1804.04235), no first moments: least memory."""
+
+    kind: Literal["adafactor"] = "adafactor"
+
+
+OPTIMIZERS: dict[str, type[Options]] = {"adamw": AdamW, "adamw8bit": AdamW8bit, "adafactor": Adafactor}
 
 
 class Save(Options):
@@ -232,6 +295,13 @@ class Run(Options):
     )
     stage: Annotated[Any, Choice(STAGES)] = Field(default=Sft(), description="what is learned")
     method: Annotated[Any, Choice(METHODS)] = Field(default=Lora(), description="which weights are trained")
+    quant: Literal["nf4", "int8", "chatglm-int4", "chatglm-int8"] | None = Field(
+        default=None,
+        description="frozen weights kept in 4 or 8 bits (lora, prefix): nf4, int8, or ChatGLM's own quantisation; a published int4 or int8 model stays as it is",
+    )
+    neftune: float = Field(
+        default=0.0, ge=0, description="noise on the embeddings while training (NEFTune, arXiv 2310.05914, uses 5); 0: none"
+    )
     optim: Annotated[Any, Choice(OPTIMIZERS)] = Field(default=AdamW(), description="how they are trained")
     max_length: Positive = Field(default=1024, description="longest row, in tokens")
     too_long: Literal["error", "skip", "cut-left-turns", "cut-answer"] = Field(
@@ -249,7 +319,7 @@ class Run(Options):
         default=None, description="what stands between instruction and input; null: a newline (alpaca template: its own heading)"
     )
     variables: dict[str, str] = Field(default={}, description="{{name}} in the data is replaced by variables.name")
-    precision: Literal["auto", "bf16", "fp32"] = Field(
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         default="auto", description="of frozen weights and their products; sums and trained weights are fp32"
     )
     checkpointing: Literal["auto"] | bool = Field(
@@ -273,6 +343,11 @@ class Run(Options):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Run":
+        if self.quant is not None and self.method.kind in ("freeze", "full"):
+            raise ValueError(
+                f"quant={self.quant} keeps weights in {'4' if '4' in self.quant else '8'} bits, which gradient steps cannot change, and method={self.method.kind} trains them; "
+                "use method=lora or method=prefix, or leave quant out"
+            )
         if not self.data:
             raise ValueError("data: the list is empty; name at least one file")
         if self.eval.data and self.eval.share:
@@ -280,7 +355,12 @@ class Run(Options):
         return self
 
 
-DEFAULT_LR = {"lora": 2e-4, "full": 1e-5}  # per method; others published and measured values stand in LOG.md
+DEFAULT_LR = {
+    "lora": 2e-4,
+    "prefix": 1e-2,
+    "freeze": 2e-5,
+    "full": 1e-5,
+}  # per method; others published and measured values stand in LOG.md
 
 
 def load_run(path: str | Path | None, overrides: Iterable[str] = (), **missing: Any) -> Run:

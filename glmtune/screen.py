@@ -3,17 +3,16 @@
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from . import __version__
+from . import __version__, estimate
 from .chat import Template
 from .plan import Plan
 from .records import Example
@@ -64,6 +63,21 @@ def histogram(lengths: Sequence[int], bins: int = 30) -> str:
     return f"{low} {bars} {high} tokens, mean {mean:.0f}"
 
 
+def needs(need: dict[str, float], epoch: float, rate: float) -> str:
+    """The estimate in words: bytes by purpose, seconds an epoch, FLOP a second."""
+    return (
+        f"estimated memory {sum(need.values()) / 1e9:.1f} GB ({estimate.words(need)}); {span(epoch)} an epoch "
+        f"(products run at {rate / 1e9:,.0f} GFLOP/s here; the first steps will tell it better)"
+    )
+
+
+def span(seconds: float) -> str:
+    for size, name in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 1.5 * size:
+            return f"about {seconds / size:.0f} {name}" if seconds >= 10 * size else f"about {seconds / size:.1f} {name}"
+    return f"about {max(1, seconds):.0f} s"
+
+
 def print_plan(made: Plan) -> None:
     run, shape = made.run, made.shape
     console.print(
@@ -77,16 +91,28 @@ def print_plan(made: Plan) -> None:
         f"{len(made.examples)} sequences, {total} tokens, {learned} of them learned ({100 * learned / total:.0f} %); lengths {histogram(made.lengths)}"
     )
     share = 100 * shape.trainable / shape.parameters
-    what = (
-        f"LoRA rank {run.method.rank} on {', '.join(sorted({n.split('.')[-1] for n in made.targets}))}"
-        if made.targets
-        else "every weight"
-    )
+    what = _trained(made)
     console.print(f"{run.method.kind}: {shape.trainable:,} trainable parameters ({share:.2f} %), {what}")
     console.print(
         Text.assemble((f"sample {made.examples[0].where}, ", "cyan"), ("learned tokens", "bold green underline"), (":", "cyan"))
     )
     console.print(coloured(made.template, made.examples[0], 160))
+
+
+def _trained(made: Plan) -> str:
+    method, run = made.method, made.run
+    if method.kind == "lora":
+        also = [name for name in ("dora", "rslora", "pissa") if getattr(method, name)]
+        also += [f"and whole {', '.join(method.modules_to_save)}"] if method.modules_to_save else []
+        also += [f"on top of {', '.join(method.under)}"] if method.under else []
+        also += [f"going on from {method.start}"] if method.start else []
+        names = ", ".join(sorted({name.split(".")[-1] for name in made.targets}))
+        return " ".join([f"LoRA rank {method.rank} on {names}", *also])
+    if method.kind == "prefix":
+        return f"a prefix of {method.num_virtual_tokens} tokens in every layer{', made by a network' if method.projection else ''}"
+    if method.kind == "freeze":
+        return f"of some blocks ({', '.join(f'{k} {v}' for k, v in run.method.model_dump(exclude_defaults=True).items() if k != 'kind') or 'the last 3'})"
+    return "every weight" if method.kind == "full" else method.kind
 
 
 class Terminal(Screen):
@@ -107,7 +133,11 @@ class Terminal(Screen):
         if not self.quiet:
             print_plan(made)
 
+    def needs(self, memory: dict[str, float], epoch: float, rate: float) -> None:
+        self.say(needs(memory, epoch, rate))
+
     def _open(self, *columns: Any) -> Progress:
+        self.stop()
         self.bar = Progress(*columns, console=console, disable=self.quiet or not console.is_terminal, transient=True)
         self.bar.start()
         return self.bar
@@ -137,22 +167,31 @@ class Terminal(Screen):
         task = bar.add_task(what, total=total)
         return lambda count: bar.advance(task, count)
 
+    def counting(self, what: str) -> Callable[[int, float | None], None]:
+        """A count with its rate and, where the share that is done is known, the time left; the bar opens with the first count."""
+        task: Any = None
+        first, before, began = 0, 0, 0.0
+
+        def count(number: int, done: float | None) -> None:
+            nonlocal task, first, before, began
+            if task is None or number < before:  # a count from the beginning is another one
+                bar = self._open(
+                    TextColumn("{task.fields[count]:,} " + what), BarColumn(None), TextColumn("{task.fields[rate]}  left"),
+                    TimeRemainingColumn(),
+                )  # fmt: skip
+                task, first, began = bar.add_task(what, total=None, count=number, rate=""), number, time.monotonic()
+            before = number
+            assert self.bar is not None
+            rate = (number - first) / max(1e-3, time.monotonic() - began)
+            total = None if done is None else 1.0
+            self.bar.update(task, total=total, completed=done or 0.0, count=number, rate=f"{rate:,.0f}/s" if rate else "")
+
+        return count
+
     def stop(self) -> None:
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
-
-
-@contextmanager
-def counting(what: str) -> Iterator[Callable[[int], None]]:
-    """A live count with its rate, where the end is not known before; nothing in a pipe. The function is told the count so far."""
-    if not console.is_terminal:
-        yield lambda count: None
-        return
-    columns = (TextColumn("{task.completed:,} " + what), TextColumn("{task.fields[rate]:,.0f}/s"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task, began = bar.add_task(what, total=None, rate=0.0), time.monotonic()
-        yield lambda count: bar.update(task, completed=count, rate=count / max(1e-3, time.monotonic() - began))
 
 
 def print_report(report: Report, limit: int = 3) -> None:

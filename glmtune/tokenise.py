@@ -1,11 +1,12 @@
 """Sources -> a store of training sequences, by all cores; made once and found again by what it follows from."""
 
+import gc
 import hashlib
 import json
 import multiprocessing
 import os
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,8 +22,9 @@ from .store import Block, Store, Writer, digest_of
 CHUNK = 256  # rows that a worker takes at once
 KEEP = 2000  # rows from which on a store is kept on the disk
 PARALLEL = 1000  # rows from which on several processes are worth their start
+TOLD = 3000  # rows from which on progress is told
 
-Progress = Callable[[int], None]  # told the rows so far
+Progress = Callable[[int, float | None], None]  # told the rows so far, and the share of all bytes that they are, where it is known
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def tokenised(
     folder: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
     workers: int | None = None,
-    progress: Progress = lambda rows: None,
+    progress: Progress = lambda rows, done: None,
     keep: bool = False,
 ) -> Store:
     """The store of these sources: an entry of `data` that is a store itself, one that was made before, or a new one.
@@ -118,9 +120,11 @@ def _make(wanted: Wanted, key: str, place: Path, kept: bool, say: Callable[[str]
     waiting: list[Block] = []
     writer: Writer | None = None
     try:
-        for block, part in _encoded(_chunks(stream), wanted, workers):
+        for block, part, done in _encoded(stream, wanted, workers):
+            block.arrays["row"] += tally.rows
             tally.add(part)
-            progress(tally.rows)
+            if tally.rows >= TOLD:
+                progress(tally.rows, done)
             waiting.append(block)
             if writer is None and (kept or tally.rows >= KEEP):
                 try:
@@ -135,6 +139,7 @@ def _make(wanted: Wanted, key: str, place: Path, kept: bool, say: Callable[[str]
                 for one in waiting:
                     writer.add(one)
                 waiting.clear()
+        stream.finish()
         finish(tally, wanted.limits)
         about = {
             "key": key,
@@ -151,57 +156,68 @@ def _make(wanted: Wanted, key: str, place: Path, kept: bool, say: Callable[[str]
         raise
 
 
-def _chunks(stream: Any) -> Iterator[list[tuple[int, int, Any]]]:
-    """(row number, content hash, record) of up to CHUNK rows at a time."""
-    held: list[tuple[int, int, Any]] = []
-    for number, (_, record) in enumerate(stream):
-        held.append((number, mixing.content_hash(record), record))
-        if len(held) == CHUNK:
-            yield held
-            held = []
-    if held:
-        yield held
+_WORK: tuple[data.Stream, Stage, Template, Limits] | None = None  # what a worker needs; it gets it by being forked
 
 
-_WORK: tuple[Stage, Template, Limits] | None = None  # what a worker needs; it gets it by being forked
-
-
-def _encode(rows: list[tuple[int, int, Any]]) -> tuple[Block, Tally]:
+def _encode(lot: data.Lot) -> tuple[Block, Tally, data.Read]:
+    """The sequences of a lot, with row numbers from 0, and what became of its rows (the records themselves stay here)."""
     assert _WORK is not None
-    stage, template, limits = _WORK
-    tally = Tally(rows=len(rows))
+    stream, stage, template, limits = _WORK
+    read = stream.read(lot)
+    tally = Tally(rows=read.count)
     template.differs.clear()
-    made = [(number, content, example) for number, content, row in rows for example in stage.encode(template, row, limits, tally)]
+    made = [
+        (number, mixing.content_hash(record), example)
+        for number, record in enumerate(read.records)
+        for example in stage.encode(template, record, limits, tally)
+    ]
     tally.made = len(made)
     tally.counts += Counter({f"rows: {reason}": count for reason, count in template.differs.items()})
-    return Block.of(made), tally
+    read.records = []
+    return Block.of(made), tally, read
 
 
-def _encoded(chunks: Iterator[list[tuple[int, int, Any]]], wanted: Wanted, workers: int) -> Iterator[tuple[Block, Tally]]:
+def _encoded(stream: data.Stream, wanted: Wanted, workers: int) -> Iterator[tuple[Block, Tally, float | None]]:
     """Blocks in the order of the rows. The first rows are done here: most data is small, and a broken template is told at once."""
     global _WORK
-    _WORK = (STAGES[wanted.stage], wanted.template, wanted.limits)
-    rows = 0
-    for chunk in chunks:
-        yield _encode(chunk)
-        rows += len(chunk)
+    _WORK = (stream, STAGES[wanted.stage], wanted.template, wanted.limits)
+    lots, rows = stream.lots(CHUNK), 0
+    for lot, take in lots:
+        block, tally, read = _encode(lot)
+        take(read)
+        yield block, tally, lot.done
+        rows += len(lot.rows)
         if workers > 1 and rows >= PARALLEL and sys.platform == "linux":
             break
     else:
         return
-    with multiprocessing.get_context("fork").Pool(workers) as pool:
-        yield from _ordered(pool, chunks, ahead=4 * workers)
+    with multiprocessing.get_context("fork").Pool(workers, gc.freeze) as pool:  # what was there before is never garbage
+        yield from _ordered(pool, lots, ahead=4 * workers)
 
 
-def _ordered(pool: Any, chunks: Iterator[Any], ahead: int) -> Iterator[tuple[Block, Tally]]:
-    """As pool.imap, but reads only so far ahead: imap would read the whole source into memory."""
-    pending: list[Any] = []
-    for chunk in chunks:
-        pending.append(pool.apply_async(_encode, (chunk,)))
-        if len(pending) >= ahead:
-            yield pending.pop(0).get()
-    for one in pending:
-        yield one.get()
+def _ordered(pool: Any, lots: Iterator[Any], ahead: int) -> Iterator[tuple[Block, Tally, float | None]]:
+    """As pool.imap, but reads only so far ahead: imap would read the whole source into memory. An error of the reading waits
+    until the rows before it are done, as it does with one process."""
+    pending: deque[tuple[Any, Any, float | None]] = deque()
+    error: UserError | None = None
+    while True:
+        while error is None and len(pending) < ahead:
+            try:
+                lot, take = next(lots)
+            except StopIteration:
+                break
+            except UserError as found:
+                error = found
+            else:
+                pending.append((pool.apply_async(_encode, (lot,)), take, lot.done))
+        if not pending:
+            break
+        made, take, done = pending.popleft()
+        block, tally, read = made.get()
+        take(read)
+        yield block, tally, done
+    if error is not None:
+        raise error
 
 
 def _program() -> str:

@@ -89,6 +89,21 @@ def answered(turns: Sequence[Turn]) -> dict[int, tuple[int, Call]]:
     return found
 
 
+def loose_results(turns: Sequence[Turn]) -> list[str]:
+    """What is wrong with tool turns: those that no call asked for, and those whose tool_call_id names no call. Numbers from 1."""
+    told = []
+    calls = answered(turns)
+    for i, turn in enumerate(turns):
+        if turn.role != "tool":
+            continue
+        given = turn.extra.get("tool_call_id")
+        if i not in calls:
+            told.append(f"turn {i + 1} is a tool result without a call")
+        elif given and "id" in calls[i][1] and calls[i][1]["id"] != given:
+            told.append(f"turn {i + 1} has the tool_call_id {given!r}, which names no call that waits for a result")
+    return told
+
+
 def with_names(turns: Sequence[Turn]) -> list[Turn]:
     """Every tool turn with the name of what it answers."""
     calls = answered(turns)

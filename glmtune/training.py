@@ -20,7 +20,7 @@ from typing import Any
 
 from . import __version__, batch, estimate, families, options, plan, report
 from .errors import Interrupted, UserError
-from .run import DEFAULT_LR, Lora, Run, load_run
+from .run import ADAPTERS, DEFAULT_LR, Run, load_run
 from .stages import STAGES
 from .store import digest_of
 
@@ -49,10 +49,14 @@ class Screen:
 
     def say(self, text: Any) -> None: ...
     def plan(self, made: plan.Plan) -> None: ...
+    def needs(self, memory: dict[str, float], epoch: float, rate: float) -> None: ...
     def start(self, total: int, done: int) -> None: ...
     def step(self, row: dict[str, Any], total: int) -> None: ...
     def asking(self, what: str, total: int) -> Callable[[int], None]:
         return lambda count: None
+
+    def counting(self, what: str) -> Callable[[int, float | None], None]:  # told how many, and the share that is done, if known
+        return lambda number, done: None
 
     def stop(self) -> None: ...
 
@@ -66,6 +70,8 @@ class State:
     best_step: int | None = None
     best_loss: float | None = None
     last_loss: float | None = None
+    scale: float = 65536.0  # of the loss under fp16
+    steady: int = 0  # steps since the scale changed last
 
 
 # --- the run's folder -------------------------------------------------------------------------------------------------------
@@ -91,12 +97,17 @@ def train(run: Run, *, resume: bool = False, screen: Screen | None = None) -> Re
         if stored is not None and (out / "finished.json").is_file():
             screen.say(f"{out} is finished already; nothing to do")
             return _finished(out)
-        made = plan.make(run, screen.say)
+        made = plan.make(run, screen.say, screen.counting("rows tokenised"))
+        screen.stop()
         settings = stored.resolved if stored is not None and stored.resolved else resolve(made)
         _same_data(settings, made, out)
         _check_room(made, settings, out)
         screen.plan(made)
         screen.say(settings_line(settings))
+        how = setting(made, settings)
+        rate = estimate.matmul_rate(families.pick_device(settings["device"]), settings["precision"])
+        epoch = estimate.seconds(made.shape, how, sum(made.lengths), made.examples.num_learned, rate)
+        screen.needs(estimate.memory(made.shape, how), epoch, rate)
         try:
             session = _Training(made, settings, out, screen)
             if stored is None:  # only now, so that a run that was refused leaves nothing behind
@@ -177,18 +188,31 @@ def resolve(made: plan.Plan) -> dict[str, Any]:
     precision = families.pick_precision(run.precision, device)
     steps = batch.num_steps(len(made.examples), run.optim.batch_size, run.optim.epochs, run.optim.steps)
     tokens = sum(made.lengths) / batch.steps_per_epoch(len(made.examples), run.optim.batch_size)  # of a step, on average
-    return {
+    settings = {
         "device": str(device),
         "precision": precision,
+        "quant": made.quant,
         "threads": torch.get_num_threads(),
         "micro_tokens": run.optim.micro_tokens or MICRO_TOKENS,
         "lr": run.optim.lr or DEFAULT_LR[run.method.kind],
         "steps": steps,
-        "checkpointing": run.checkpointing if run.checkpointing != "auto" else False,
+        "checkpointing": run.checkpointing is True,
         "compile": tokens * steps > COMPILE_TOKENS and tokens > COMPILE_STEP,
         "data": made.examples.fingerprint,
         "version": __version__,
     }
+    if run.checkpointing == "auto":  # only where there is no room without
+        need = sum(estimate.memory(made.shape, setting(made, settings)).values())
+        settings["checkpointing"] = need > _free(device)
+    return settings
+
+
+def _free(device: Any) -> int:
+    """Bytes of memory that are free on a device."""
+    import psutil
+    import torch
+
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def _same_data(settings: dict[str, Any], made: plan.Plan, out: Path) -> None:
@@ -199,30 +223,50 @@ def _same_data(settings: dict[str, Any], made: plan.Plan, out: Path) -> None:
 
 
 def _check_room(made: plan.Plan, settings: dict[str, Any], out: Path) -> None:
-    import psutil
-    import torch
-
-    need = needed_memory(made, settings)
-    device = torch.device(settings["device"])
-    if device.type == "cuda":
-        estimate.refuse_memory(need, torch.cuda.mem_get_info(device)[0], settings["device"])
-    else:
-        estimate.refuse_memory(need, psutil.virtual_memory().available, "this machine")
-    estimate.refuse_disk(out, made.shape.trainable * 12, made.run.save.keep)
+    device = families.pick_device(settings["device"])
+    where = settings["device"] if device.type == "cuda" else "this machine"
+    estimate.refuse_memory(made.shape, setting(made, settings), _free(device), where)
+    kept = made.shape.trainable * 12
+    if made.run.method.kind not in ADAPTERS:
+        kept = made.shape.parameters * 4 + made.shape.trainable * 8
+    estimate.refuse_disk(out, kept, made.run.save.keep)
 
 
-def needed_memory(made: plan.Plan, settings: dict[str, Any]) -> dict[str, float]:
-    """Estimated bytes by purpose."""
-    return estimate.memory(
-        made.shape, precision=settings["precision"], full=made.run.method.kind == "full",
-        micro_tokens=min(settings["micro_tokens"], sum(made.lengths)), longest=max(made.lengths), checkpointing=settings["checkpointing"],
+def setting(made: plan.Plan, settings: dict[str, Any]) -> estimate.Setting:
+    """What the estimate goes by. Micro-batches of the module path are padded, so a few tokens more than micro_tokens can be learned."""
+    run, longest = made.run, made.longest
+    step = sum(sorted(made.lengths)[-run.optim.batch_size :])
+    learned = made.examples.num_learned / max(1, sum(made.lengths))
+    tokens = max(longest, min(settings["micro_tokens"], step))
+    depth = 1.0
+    if run.method.kind == "freeze":
+        layers = {
+            int(name.split(".")[2])
+            for name in families.frozen_choice(run.method, list(families.tensor_shapes(made.folder)))
+            if name.split(".")[2].isdigit()
+        }
+        depth = 1 - min(layers, default=made.shape.layers) / made.shape.layers
+    return estimate.Setting(
+        run.method.kind, settings["precision"], settings["quant"], run.optim.kind, tokens, longest, round(tokens * learned),
+        settings["checkpointing"], _fused(made, settings), depth,
     )  # fmt: skip
+
+
+def _fused(made: plan.Plan, settings: dict[str, Any]) -> bool:
+    """Whether forward.choose_path will take the fused path, without a model."""
+    from . import fused
+
+    method, run = made.run.method, made.run
+    plain = method.kind == "lora" and not (method.dropout or method.dora or method.pissa or method.under or method.modules_to_save)
+    usual = families.config_of(made.folder).get("model_type") in fused.FAMILIES and settings["precision"] in ("fp32", "bf16")
+    return plain and usual and settings["device"] == "cpu" and not (run.neftune or settings["checkpointing"] or settings["quant"])
 
 
 def settings_line(settings: dict[str, Any]) -> str:
     return (
         f"{settings['steps']} steps on {settings['device']} ({settings['threads']} threads), "
-        f"frozen weights {settings['precision']}, sums and trained weights fp32, lr {settings['lr']:g}"
+        f"frozen weights {settings['quant'] or settings['precision']}, products {settings['precision']}, sums and trained weights fp32, "
+        f"lr {settings['lr']:g}{', checkpointing' if settings['checkpointing'] else ''}"
     )
 
 
@@ -287,39 +331,40 @@ class _Training:
     def __init__(self, made: plan.Plan, settings: dict[str, Any], out: Path, screen: Screen):
         import torch
 
-        from . import forward, methods
+        from . import forward, methods, optimizer
 
         self.plan, self.settings, self.out, self.screen, self.state = made, settings, out, screen, State()
         options_ = made.run
         torch.set_num_threads(settings["threads"])
         self.device = families.pick_device(settings["device"])
-        compute = torch.bfloat16 if settings["precision"] == "bf16" else torch.float32
-        full = options_.method.kind == "full"
-        self.model = families.load_model(made.folder, dtype=torch.float32 if full else compute, device=self.device)
+        compute = families.as_dtype(settings["precision"])
+        whole = options_.method.kind == "full"
+        self.model = families.load_model(
+            made.folder,
+            dtype=torch.float32 if whole else compute,
+            device=self.device,
+            quant=settings["quant"],
+        )
         for module in self.model.modules():  # a model's own dropout is not seeded by row; every published family has none
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         methods.prepare(self.model, compute)
-        method = options_.method.model_copy(update={"targets": made.targets}) if made.targets else options_.method
-        methods.attach(self.model, method, options_.seed)
+        methods.attach(self.model, made.method, options_.seed)
+        if getattr(options_.method, "start", None):
+            methods.start_from(self.model, Path(options_.method.start))
+        if options_.neftune:
+            methods.add_neftune(self.model, options_.neftune, options_.seed)
         self.parameters = methods.trainable(self.model)
-        longest = made.longest
-        dropout = getattr(options_.method, "dropout", 0.0)
-        path, _ = forward.choose_path(self.model, options_.method.kind, dropout, self.device, longest)
+        path, _ = forward.choose_path(self.model, options_, self.device, made.longest, settings["checkpointing"])
         self.forward = forward.Forward(
             self.model, path, compile=path == "fused" and settings["compile"] and forward.fused.compile_works()
         )
         if self.forward.noise is not None or settings["checkpointing"]:
             self.model.train()
-        if settings["checkpointing"] and path == "modules":
+        if settings["checkpointing"]:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        optim = options_.optim
-        decayed = [p for p in self.parameters.values() if p.ndim >= 2]
-        others = [p for p in self.parameters.values() if p.ndim < 2]
-        groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=settings["lr"], fused=self.device.type in ("cpu", "cuda")
-        )
+        self.optimizer = optimizer.make(options_, settings["lr"], self.parameters, self.device)
+        self.scaler = optimizer.Scaler(self.state) if settings["precision"] == "fp16" else None
         stage = STAGES[options_.stage.kind]
         assert stage.loss is not None  # train() refuses the others
         self.loss = stage.loss
@@ -430,23 +475,25 @@ class _Training:
         began, optim = time.monotonic(), self.plan.run.optim
         lr = learning_rate(step, steps, self.settings["lr"], optim.schedule, optim.warmup)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["times"]
         if self.forward.noise is not None:
             self.forward.noise.step = step
         rows = batch.rows_of_step(step, len(self.plan.examples), optim.batch_size, self.plan.run.seed)
-        total_weight = sum(sum(self.plan.examples[row].weights) for row in rows)
-        loss, tokens = 0.0, 0
-        for micro in self._batches(self.plan.examples, rows):
-            part = self.loss(self.forward, micro) / total_weight
-            part.backward()
-            loss += part.item()
-            tokens += micro.num_tokens
+        loss, tokens = self._gradient(rows)
+        scaled = self.state.scale if self.scaler is not None else 1.0
+        if self.scaler is not None:
+            self.scaler.unscale(self.parameters.values())
         limit = optim.clip if optim.clip is not None else math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), limit))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if not finite and (self.scaler is None or not self.scaler.smaller()):
             raise UserError(self._not_finite(step + 1, loss, norm, lr))
-        self.optimizer.step()
+        if finite:
+            self.optimizer.step()
+            if self.scaler is not None:
+                self.scaler.good()
         self.optimizer.zero_grad(set_to_none=True)
+        skipped = {} if finite else {"skipped": True}
         return {
             "loss": loss,
             "learned_tokens": sum(self.plan.examples[row].num_learned for row in rows),
@@ -455,7 +502,39 @@ class _Training:
             "lr": lr,
             "grad_norm": norm,
             "peak_memory_gb": round(_peak_memory(self.device) / 1e9, 3),
+            **({"scale": scaled, **skipped} if self.scaler is not None else {}),
         }
+
+    def _gradient(self, rows: list[int]) -> tuple[float, int]:
+        """Leaves the gradient of a step's mean loss in the parameters; returns the loss and the number of tokens.
+
+        Where the device has no room, micro_tokens is halved and the step is computed again: the cut changes no result.
+        """
+        import torch
+
+        total_weight = sum(sum(self.plan.examples[row].weights) for row in rows)
+        while True:
+            loss, tokens = 0.0, 0
+            try:
+                for micro in self._batches(self.plan.examples, rows):
+                    part = self.loss(self.forward, micro) / total_weight
+                    (part * self.state.scale if self.scaler is not None else part).backward()
+                    loss += part.item()
+                    tokens += micro.num_tokens
+                return loss, tokens
+            except torch.OutOfMemoryError:
+                longest = max(self.plan.lengths[row] for row in rows)
+                if self.settings["micro_tokens"] <= longest:
+                    raise UserError(
+                        f"{self.device} has no room for the longest row, {longest} tokens, alone; try checkpointing=true, quant=nf4, "
+                        f"or a shorter max_length. Then: glmtune train in another out="
+                    ) from None
+            self.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            self.settings["micro_tokens"] //= 2
+            self.screen.say(
+                f"no room on {self.device}: the step is done again with optim.micro_tokens={self.settings['micro_tokens']}"
+            )
 
     def _not_finite(self, step: int, loss: float, norm: float, lr: float) -> str:
         last = next((p for p, _ in _checkpoints(self.out)), None)
@@ -489,15 +568,18 @@ class _Training:
         """What was trained, as something other programs open: an adapter folder, or a whole model. With tokenizer and template."""
         from . import methods
 
-        method, full = self.plan.run.method, self.plan.run.method.kind == "full"
+        method, full = self.plan.method, self.plan.run.method.kind not in ADAPTERS
         target = folder / ("model" if full else "adapter") if final else folder
         work = target.with_name(target.name + ".part") if final else target
         if final:
             shutil.rmtree(work, ignore_errors=True)
-        if isinstance(method, Lora):
-            methods.save_adapter(self.model, work, method, str(self._base_name()))
-        else:
+        if full:
             methods.save_full(self.model, work)
+            config = json.loads((work / "config.json").read_text(encoding="utf-8"))
+            config["dtype"] = "float32"  # of what was trained; the rest may be stored in 16 bits
+            methods.write_text(work / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        else:
+            methods.save_adapter(self.model, work, method, str(self._base_name()))
         families.save_tokenizer(self.plan.folder, self.plan.template, work)
         (work / "README.md").write_text(_adapter_readme(self.plan.run, self._base_name(), full), encoding="utf-8")
         if final:
@@ -511,9 +593,7 @@ class _Training:
 
     def _save(self, keep_best: float | None = None) -> None:
         """A checkpoint under a temporary name, fsynced, renamed; then old ones are removed."""
-        import torch
-
-        from . import methods
+        from . import methods, optimizer
 
         if keep_best is not None and (self.state.best_loss is None or keep_best < self.state.best_loss):
             self.state.best_loss, self.state.best_step = keep_best, self.state.step
@@ -524,14 +604,16 @@ class _Training:
         shutil.rmtree(work, ignore_errors=True)
         try:
             self._save_result(work)
-            tensors: dict[str, torch.Tensor] = {}
-            for name, parameter in self.parameters.items():
-                held = self.optimizer.state[parameter]
-                tensors |= {f"{name}.{key}": value.detach().cpu() for key, value in held.items()}
+            if self.plan.run.method.kind in ADAPTERS:  # the adapter's files hold it rotated or joined with others
+                trained = {name: parameter.detach().cpu() for name, parameter in self.parameters.items()}
+                methods.write_tensors(trained, work / "trained.safetensors")
+            tensors, numbers = optimizer.state_of(self.optimizer, self.parameters)
             methods.write_tensors(tensors, work / "optimizer.safetensors")
             shutil.copy(self.out / "run.yaml", work / "run.yaml")
             files = {p.name: digest_of(p) for p in sorted(work.iterdir())}
-            methods.write_text(work / "state.json", json.dumps({**asdict(self.state), "files": files}, indent=1) + "\n")
+            methods.write_text(
+                work / "state.json", json.dumps({**asdict(self.state), "numbers": numbers, "files": files}, indent=1) + "\n"
+            )
             methods.sync_folder(work)
             work.rename(folder)
             methods.sync_folder(folder.parent)
@@ -547,7 +629,7 @@ class _Training:
         """Continues from the newest complete checkpoint, or from step 0, and says which."""
         import torch
 
-        from . import methods
+        from . import methods, optimizer
 
         for leftover in (self.out / "checkpoints").glob(".part-*"):
             shutil.rmtree(leftover)
@@ -564,22 +646,21 @@ class _Training:
                     shutil.rmtree(path)
         self.screen.say(f"continuing from {folder} (step {state['step']} of {self.settings['steps']})")
         state.pop("files")
-        self.state = State(**state)
+        numbers = state.pop("numbers")
+        for name, value in state.items():
+            setattr(self.state, name, value)
         if self.state.best_step is not None and self.state.best_step > self.state.step:
             self.state.best_step = self.state.best_loss = None
-        trained = {}
-        for path in folder.glob("*.safetensors"):
-            if path.name != "optimizer.safetensors":
-                trained |= methods.read_tensors(path)
-        held = methods.read_tensors(folder / "optimizer.safetensors")
+        files = (
+            [folder / "trained.safetensors"] if (folder / "trained.safetensors").is_file() else folder.glob("model*.safetensors")
+        )
+        trained: dict[str, torch.Tensor] = {}
+        for path in files:
+            trained |= methods.read_tensors(path)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                saved = methods.PREFIX + name + ".weight" if isinstance(self.plan.run.method, Lora) else name
-                parameter.copy_(trained[saved])
-                keys = ("step", "exp_avg", "exp_avg_sq")
-                self.optimizer.state[parameter] = {
-                    key: held[f"{name}.{key}"] if key == "step" else held[f"{name}.{key}"].to(parameter.device) for key in keys
-                }
+                parameter.copy_(trained[name])
+        optimizer.restore(self.optimizer, self.parameters, methods.read_tensors(folder / "optimizer.safetensors"), numbers)
 
     def _cut_log(self) -> None:
         """Steps after the checkpoint are made again, so their lines go."""

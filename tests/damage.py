@@ -155,6 +155,55 @@ DAMAGE: dict[str, Damage] = {
 }
 
 
+def calling(call: dict[str, Any], result: dict[str, Any]) -> Callable[[Row], Row]:
+    """A conversation with a tool call, and what the tool said."""
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", **call}]}
+    last = {"role": "assistant", "content": "The ship is late."}
+    return lambda row: {
+        "messages": [{"role": "user", "content": "Where is it?"}, call, {"role": "tool", "content": "late", **result}, last]
+    }
+
+
+LATE = {"function": {"name": "find", "arguments": '{"ship": 3}'}}
+REFUSED = "Where did the third ship go?"
+ODD: dict[str, Damage] = {
+    # characters
+    "direction turned": warning("hidden-characters", line(answer("The file is called \u202egpj.exe, it seems."))),
+    "direction set": warning("hidden-characters", line(answer("It is in \u202aC:\\ships."))),
+    "zero width in bulk": warning("hidden-characters", line(question("The\u200b ship\u200b came\u200b late."))),
+    "joiners in words": warning("hidden-characters", line(answer("The sh\u200cip ca\u200cme la\u200dte."))),
+    "tag characters": warning("hidden-characters", line(question("Where?\U000e0041\U000e0042"))),
+    "one word": warning("encoding-damage", line(answer("A caf" + "é".encode().decode("latin-1")))),
+    "one word in capitals": warning("encoding-damage", line(answer("CAF" + "É".encode().decode("cp1252")))),
+    "one Chinese character": warning("encoding-damage", line(answer("It is " + "好".encode().decode("cp1252")))),
+    "two Chinese characters as GBK": warning("encoding-damage", line(answer("你好".encode().decode("gbk")))),
+    "two Chinese characters as Latin-1": warning("encoding-damage", line(answer("你好".encode("gbk").decode("latin-1")))),
+    "emoji": warning("encoding-damage", line(answer("Fine " + "😊".encode().decode("cp1252", "replace")))),
+    "GBK as UTF-8": warning("encoding-damage", line(answer("你好".encode("gbk").decode("utf-8", "replace")))),
+    # marks
+    "### Response:": warning("leaked-prompt-mark", line(answer("It came.\n\n### Response:\nIt went."))),
+    "### Instruction:": warning("leaked-prompt-mark", line(question("### Instruction:\nName the ship."))),
+    "preamble": warning("leaked-prompt-mark", line(question("Below is an instruction that describes a task. Name it."))),
+    "<think>": warning("leaked-prompt-mark", line(answer("<think>They want to know the ship.\nThe third."))),
+    "</think>": warning("leaked-prompt-mark", line(answer("They want to know the ship.\n</think>\nThe third."))),
+    "misspelt token": warning("leaked-prompt-mark", line(answer("The third.<|im_end>"))),
+    "escaped token": warning("leaked-prompt-mark", line(answer("The third.&lt;|im_end|&gt;"))),
+    "[INST] alone": warning("leaked-special-token", line(answer("The third. [INST]"))),
+    "entities": warning("escaped-text", line(answer("Salt &amp; tea, at less than &#39;five&#39;."))),
+    "escaped Chinese": warning("escaped-text", line(answer("They call it \\u4f60\\u597d there."))),
+    # answers
+    "loop": warning("repeated-text", line(answer("It came. " + "The ship was late. " * 9))),
+    "Chinese loop": warning("repeated-text", line(answer(CHINESE * 7 + CHINESE[:6]))),
+    "question again": warning("answer-is-question", line(lambda row: answer(REFUSED)(question(REFUSED)(row)))),
+    **{text: warning("empty-answer", line(answer(text))) for text in ("N/A", "TODO", "None", "null", "<nooutput>")},
+    # tools
+    "no such call": warning("tool-result", line(calling({"id": "a1", **LATE}, {"tool_call_id": "a2"}))),
+    "no call": warning("tool-result", line(turns("user", "assistant", "tool", "assistant"))),
+    "arguments": error("tool-turn", line(calling({"function": {"name": "find", "arguments": "ship 3"}}, {}))),
+}
+ALL = DAMAGE | ODD
+
+
 BROKEN = {
     name: one
     for name, one in DAMAGE.items()

@@ -1,6 +1,8 @@
+import gc
 import json
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 from hypothesis import given, settings
@@ -24,7 +26,7 @@ def rows(count: int) -> list[dict]:
 def spoil(name: str, layout: str) -> tuple[str, int]:
     """A file of 20 rows whose eighth is damaged: its name and the line of the damage."""
     lines = [damage.line()(row) for row in rows(20)]
-    lines[7] = damage.DAMAGE[name].change(rows(20)[7])
+    lines[7] = damage.ALL[name].change(rows(20)[7])
     if layout == "array":
         Path("train.json").write_bytes(b"[\n" + b",\n".join(lines) + b"\n]\n")
         return "train.json", 9
@@ -33,11 +35,11 @@ def spoil(name: str, layout: str) -> tuple[str, int]:
 
 
 @pytest.mark.parametrize("layout", ["array", "lines"])
-@pytest.mark.parametrize("name", damage.DAMAGE)
+@pytest.mark.parametrize("name", damage.ALL)
 def test_damage_is_found_at_its_line_and_nothing_else_is(name: str, layout: str) -> None:
     file, line = spoil(name, layout)
     found = check.check([file])
-    assert damage.DAMAGE[name].kind in [problem["kind"] for problem in found["problems"]]
+    assert damage.ALL[name].kind in [problem["kind"] for problem in found["problems"]]
     assert {(problem["file"], problem["line"]) for problem in found["problems"]} <= {(file, line)}
     errors = [problem for problem in found["problems"] if problem["level"] == "error"]
     assert bool(errors) == _is_refused(file), "an error is what training refuses"
@@ -205,7 +207,7 @@ REAL = {  # every one looked at: each is really cut, doubled or damaged in the p
     "gsm8k_train.jsonl": {},
     "gsm8k_test.jsonl": {},
     "wiki.txt": {},
-    "c4.jsonl": {"encoding-damage": 3},
+    "c4.jsonl": {"encoding-damage": 3, "escaped-text": 1},
     "kto_en.json": {"truncated-answer": 1, "leaked-special-token": 1},
     "dpo_en.json": {"truncated-answer": 1, "encoding-damage": 2, "control-characters": 1},
     "dpo_zh.json": {"truncated-answer": 1, "encoding-damage": 3, "exact-duplicate": 2},
@@ -264,8 +266,13 @@ def hold_to_the_truth(rows: list[dict], layout: str, damages: Damages = damage.D
 
 @pytest.mark.parametrize("layout", ["array", "lines"])
 def test_every_kind_of_damage_is_found_at_its_line_with_its_kind(layout: str) -> None:
-    assert len(damage.DAMAGE) > 50
+    assert len(damage.ALL) > 90
     hold_to_the_truth(clean(140), layout)
+
+
+@pytest.mark.parametrize("layout", ["array", "lines"])
+def test_every_odd_text_is_found_at_its_line_with_its_kind(layout: str) -> None:
+    hold_to_the_truth(clean(80), layout, damage.ODD)
 
 
 @pytest.mark.parametrize("layout", ["array", "lines"])
@@ -275,6 +282,9 @@ def test_every_kind_of_damage_is_found_in_copies_of_real_files(name: str, layout
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     rows = good_rows(Path("rows.jsonl")) if name == "kto_en.json" else rows  # without labels all answers are learned
     hold_to_the_truth(rows[:140], layout)
+    for made in ("clean", "clean.removed.jsonl"):
+        Path(made).unlink()
+    hold_to_the_truth(rows[:80], layout, damage.ODD)
 
 
 @pytest.mark.parametrize("layout", ["array", "lines"])
@@ -420,3 +430,54 @@ def test_good_rows_of_every_form_have_no_errors(row: dict, tmp_path: Path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     found = check.check([tmp_path / "rows.jsonl"])
     assert [problem for problem in found["problems"] if problem["level"] == "error"] == [] and found["rows"] == 4
+
+
+def test_only_the_rows_that_a_source_gives_are_looked_at() -> None:
+    Path("data.yaml").write_text("mine: {path: rows, max_samples: 3}\n")
+    Path("rows").mkdir()
+    Path("rows/a.jsonl").write_text("\n".join(map(json.dumps, [*rows(2), {"instruction": "x"}, rows(2)[0]])))
+    Path("rows/b.jsonl").write_text("nothing of this is read")
+    found = check.check(["mine"])
+    assert found["rows"] == 3
+    assert [(p["file"].rpartition("/")[2], p["line"], p["kind"]) for p in found["problems"]] == [("a.jsonl", 3, "missing-key")]
+    assert [note.rpartition("rows/")[2] for note in found["notes"] if "max_samples" in note] == [
+        "a.jsonl: only the first 3 rows are looked at (max_samples 3)",
+        "b.jsonl: not looked at (max_samples 3 reached)",
+    ]
+    assert check.fix(["mine"], "out.jsonl").startswith("3 rows in: 2 in out.jsonl, 1 removed")
+
+
+def test_no_row_is_kept() -> None:
+    Path("a.jsonl").write_text("\n".join(map(json.dumps, rows(2400))))
+    (file,) = check._survey_all(["a.jsonl"], None, None)
+    kept = [ref(row) for row in check.rows_of(file)]
+    gc.collect()
+    assert len(kept) == 2400 and not any(one() for one in kept)
+    assert file.rows == [] and file.reading is not None
+
+
+def test_a_file_that_changes_while_it_is_cleaned_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("a.jsonl").write_text("\n".join(map(json.dumps, rows(3))))
+    real = check.write_whole
+
+    def late(path: Path, texts: Any) -> None:
+        Path("a.jsonl").write_text("\n".join(map(json.dumps, rows(4))))
+        real(path, texts)
+
+    monkeypatch.setattr(check, "write_whole", late)
+    with pytest.raises(UserError, match="a.jsonl was changed while it was read; nothing was written"):
+        check.fix(["a.jsonl"], "out.jsonl")
+    assert [path.name for path in Path().iterdir()] == ["a.jsonl"]
+
+
+def test_answers_that_decline_are_a_note() -> None:
+    declined = {"question": "Where am I?", "answer": "I'm sorry, but as an AI language model I cannot see that."}
+    Path("a.jsonl").write_text("\n".join(map(json.dumps, [{"question": "q", "answer": "Yes."}, declined])))
+    found = check.check(["a.jsonl"])
+    assert found["problems"] == [] and "a.jsonl: answers that decline, as chat programs do: 1 (lines 2)" in found["notes"]
+
+
+def test_a_run_file_is_no_plain_text() -> None:
+    Path("run.yaml").write_text("model: a\ndata: a.json\n")
+    with pytest.raises(UserError, match="run.yaml is a run file or a registry, no data; name the files"):
+        check.check(["run.yaml"])

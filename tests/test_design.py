@@ -2,6 +2,11 @@
 
 import itertools
 import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +14,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glmtune import data, design
+from glmtune import cli, data, design
 from glmtune.design import CHOICES, PRESETS, Design, Schema, parse, render
 from glmtune.errors import UserError
 from glmtune.run import Source, load_run
@@ -395,6 +400,20 @@ def test_scores_by_hand():
     assert (found.rows, found.exact, found.wrong_strict, found.wrong_soft) == (3, 1 / 3, 2, 1)
     assert found.fields == {"organization": 1 / 3, "place": 2 / 3, "person": 2 / 3}  # an answer that failed says nothing of them
     assert found.accuracy == pytest.approx(5 / 9)
+    assert found.f1 == 2 * 3 / (6 + 3)  # six names are wanted, three are given, and all three of them are right
+
+
+def test_f1_counts_what_is_said_so_that_silence_earns_nothing():
+    label = {"taste": "positive", "service": None, "price": None, "place": None}
+    silent = dict.fromkeys(label)
+    assert (
+        design.score([label], [design.Parsed(silent, "strict")], EN).f1
+        == 0
+        != design.score([label], [design.Parsed(silent, "strict")], EN).accuracy
+    )
+    other = {**silent, "taste": "negative", "price": "negative"}  # one wanted, two given, none right
+    assert design.score([label, label], [design.Parsed(other, "strict"), design.Parsed(label, "strict")], EN).f1 == 2 * 1 / (2 + 3)
+    assert design.score([silent], [design.Parsed(silent, "strict")], EN).f1 == 1  # nothing to find, nothing said
 
 
 def test_predictions_are_read_back_and_nothing_of_a_row_is_lost(tmp_path):
@@ -441,12 +460,62 @@ def test_a_sweep_writes_data_runs_and_a_table(tmp_path, monkeypatch):
         len(names) - 3
     )
     assert "is no folder of a sweep" in refused(design.table, tmp_path)
+    for name in names[3:]:
+        shutil.copy(folder / "predictions" / f"{names[0]}.jsonl", folder / "predictions" / f"{name}.jsonl")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    ran = subprocess.run(  # all is answered already: what is left is the table
+        ["sh", tmp_path / folder / "run.sh"], cwd=elsewhere, env={**os.environ, "PATH": path}, capture_output=True, text=True
+    )
+    assert ran.returncode == 0 and [line.split()[0] for line in ran.stdout.splitlines()] == ["design", *names], ran.stderr
 
 
 def test_files_are_never_overwritten(tmp_path):
     design.write_rows(tmp_path / "a.jsonl", [{"a": 1}])
     assert "exists already" in refused(design.write_rows, tmp_path / "a.jsonl", [])
     assert "there is no folder" in refused(design.write_rows, tmp_path / "b" / "a.jsonl", [])
+
+
+def test_a_sweep_names_test_records_that_are_trained_on(tmp_path, capsys):
+    rows = [item.row for item in items("reviews", EN)]
+    path = written(tmp_path, rows[3], {**rows[4], "review": f" {rows[4]['review'].upper()}\n"}, {**rows[5], "review": "new"})
+    files = [str(EXAMPLES / "reviews.jsonl"), "--schema", str(EXAMPLES / "reviews.yml")]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["data", "design", *files, "--test", path, "--sweep", str(tmp_path / "sweep")])
+    said = capsys.readouterr().err
+    assert not stopped.value.code and f"2 of 3 test texts are trained on too: {path}:1, {path}:2" in said, said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["RECORDS", "--test", "t.jsonl", "--out", "o.jsonl"], "--test is of no use without --sweep"),
+        (["RECORDS", "--test", "RECORDS", "--sweep", "s", "--out", "o.jsonl"], "--out is of no use with --sweep"),
+        (["--parse", "p.jsonl", "--sweep", "s"], "--sweep is of no use with --parse"),
+        (["--table", "s", "--set", "format=json"], "--set is of no use with --table"),
+        (["--table", "s", "--out", "o.jsonl"], "--out is of no use with --table"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    schema = [] if "--table" in arguments else ["--schema", str(EXAMPLES / "reviews.yml")]
+    named = [str(EXAMPLES / "reviews.jsonl") if word == "RECORDS" else word for word in arguments]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["data", "design", *named, *schema])
+    assert stopped.value.code == 2 and said in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_the_cafe_example_is_what_its_script_makes_and_tests_what_is_not_trained_on():
+    made = runpy.run_path(str(EXAMPLES / "cafe.py"))["make"]()
+    assert made == {name: (EXAMPLES / name).read_text(encoding="utf-8") for name in ("cafe.jsonl", "cafe_test.jsonl")}
+    for language in ("en", "zh"):
+        schema = design.load_schema(EXAMPLES / "cafe.yml", language)
+        train, test = (design.read(str(EXAMPLES / name), schema) for name in made)
+        assert (len(train), len(test), design.trained_on(train, test)) == (240, 100, [])
+        for item, one in itertools.product(test[:20], design.variations(Design(), schema)):
+            answer = design.sample(item, schema, one)["messages"][1]["content"]
+            assert parse(answer, schema, one) == design.Parsed(item.record, "strict")
 
 
 def test_training_and_test_records_of_the_example_differ():

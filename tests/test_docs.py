@@ -1,6 +1,7 @@
 """The pages hold: every command, option, row and link in README and docs/ works, and both languages say the same."""
 
 import io
+import json
 import re
 import shlex
 import shutil
@@ -10,17 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from glmtune import check, cli, data, train
 from glmtune.run import Source, load_run
 
 from . import published, tiny
+from .test_adapters import old_adapter
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(p for p in [*ROOT.glob("README*.md"), *ROOT.glob("docs/*.md")] if p.name != "architecture.md")
 ENGLISH = [page for page in PAGES if not page.name.endswith(".zh.md")]
 # Commands that are not ours and not run here; any other word at the start of a line is a slip.
+TABLES = {"migrating.md", "faq.md"}  # pages where commands inside the text and in tables are run too
 OTHERS = {"source", "python3", "pip", "tensorboard", "ssh", "ls", "tail", "printf", "make", "jq"}
 
 
@@ -34,6 +38,16 @@ class Block:
 def blocks(page: Path) -> list[Block]:
     found = re.findall(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     return [Block(*item) for item in found]
+
+
+def steps(page: Path) -> list[Block]:
+    """What a reader does, in order: the blocks, and on the pages of tables each whole command of ours between them."""
+    if page.name.replace(".zh.md", ".md") not in TABLES:
+        return blocks(page)
+    text = page.read_text(encoding="utf-8")
+    fence = r"^```(?P<language>\w+)(?: (?P<name>\S+))?\n(?P<text>.*?)^```$"
+    found = re.finditer(fence + r"|`(?P<command>glmtune [a-z]+ [^`]+)`", text, re.MULTILINE | re.DOTALL)
+    return [Block("bash", "", f["command"]) if f["command"] else Block(f["language"], f["name"] or "", f["text"]) for f in found]
 
 
 def prose(page: Path) -> str:
@@ -74,6 +88,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("THUDM/chatglm3-6b", "models/chatglm3-6b", "cache/modelscope/ZhipuAI/chatglm3-6b@master"):
         published.glm(folder / name, "THUDM/chatglm3-6b")  # a folder of that name comes before the hub
     published.qwen(folder / "Qwen/Qwen2.5-0.5B-Instruct", "qwen2")
+    published.glm(folder / "THUDM/chatglm2-6b", "THUDM/chatglm2-6b")
+    first = published.chatglm1(folder / "THUDM/chatglm-6b")
+    old_adapter(folder / "old/lora", folder / "THUDM/chatglm3-6b", ("query_key_value",))
+    _old_prefix(folder / "old/ptuning", first)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("GLMTUNE_CACHE", str(folder / "cache"))
@@ -81,6 +99,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("identity", "nova", "persona"):
         shutil.copytree(folder / "runs/first", folder / "runs" / name)
     return folder
+
+
+def _old_prefix(folder: Path, base: Path) -> None:
+    """What the published P-Tuning code leaves: keys and values of 4 tokens for every layer."""
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    folder.mkdir(parents=True)
+    learned = torch.randn(4, 2 * config["num_layers"] * config["hidden_size"], generator=torch.Generator().manual_seed(0))
+    torch.save({"transformer.prefix_encoder.embedding.weight": learned}, folder / "pytorch_model.bin")
 
 
 @pytest.fixture
@@ -99,7 +125,7 @@ def glmtune(arguments: list[str]) -> int:
         arguments = [*arguments, "--max-new-tokens", "4"]
     if command == "train" and not resumed:
         out = re.search(r"\bout=(\S+)", given)
-        shutil.rmtree(out[1] if out else "runs/first", ignore_errors=True)
+        shutil.rmtree(out[1] if out else load_run(arguments[1]).out, ignore_errors=True)
         arguments = [*arguments, "optim.steps=1", "samples=[]", "report_to=[]"]
     try:
         cli.main(arguments)
@@ -117,10 +143,14 @@ def write_named(page: Path) -> None:
 # --- what the pages promise --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", ENGLISH, ids=ids)
+# migrating.md has over fifty commands; the fast suite imports its run files only, below
+LONG = [pytest.param(page, marks=pytest.mark.slow) if page.name == "migrating.md" else page for page in ENGLISH]
+
+
+@pytest.mark.parametrize("page", LONG, ids=ids)
 def test_every_command_works(page, place, monkeypatch, capsys):
     write_named(page)
-    found = blocks(page)
+    found = steps(page)
     names: dict[str, Any] = {}
     for block, following in zip(found, [*found[1:], None]):
         if block.language == "python" and page.name != "python.md":  # that one has a test of its own
@@ -133,6 +163,19 @@ def test_every_command_works(page, place, monkeypatch, capsys):
                     _check_ours(words[1:], following, monkeypatch, capsys)
                 else:
                     _check_other(words, line)
+
+
+def test_the_old_run_files_are_imported(place, monkeypatch, capsys):
+    page = ROOT / "docs/migrating.md"
+    write_named(page)
+    found = steps(page)
+    made = []
+    for step, following in zip(found, [*found[1:], None]):
+        words = step.text.split()
+        if step.language == "bash" and words[1] == "import" and Path(words[2]).is_file():
+            _check_ours(words[1:], following, monkeypatch, capsys)
+            made.append(load_run(words[-1]).model)
+    assert len(made) == 6 and not [model for model in made if not Path(model).is_dir()]
 
 
 def _without_variables(words: list[str]) -> list[str]:
@@ -151,7 +194,7 @@ def _check_ours(arguments: list[str], following: Block | None, monkeypatch: Any,
     out, err = capsys.readouterr()
     wrong_on_purpose = arguments == ["data", "check", "broken.json"]
     assert code == (2 if wrong_on_purpose else 0), f"glmtune {shlex.join(arguments)}: {err}"
-    shown = arguments[:2] == ["data", "check"] or (arguments[0] == "doctor" and len(arguments) == 2)
+    shown = arguments[:2] == ["data", "check"] or arguments[0] == "import" or (arguments[0] == "doctor" and len(arguments) == 2)
     if shown and following is not None and following.language == "text":
         assert not [line for line in following.text.splitlines() if line not in (out + err).splitlines()]
 
@@ -245,6 +288,9 @@ def test_both_languages_say_the_same(page):
     assert levels[0] == levels[1]
     code = [[(b.language, b.name, _without_comments(b.text)) for b in blocks(one)] for one in (page, chinese)]
     assert code[0] == code[1]
+    assert [step.text for step in steps(page) if step.language == "bash"] == [
+        s.text for s in steps(chinese) if s.language == "bash"
+    ]
 
 
 def _without_comments(text: str) -> str:

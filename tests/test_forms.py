@@ -48,6 +48,10 @@ ROUNDS = "Human: p\nAssistant: b\nHuman: q\nAssistant:"
         ("alpaca", {"instruction": "q", "input": "", "output": "a", "history": [["p", "b"]], "system": "s"}, [("system", "s"), *TWO]),
         ("belle", {"instruction": ROUNDS, "input": "", "output": "a"}, TWO),
         ("belle", {"instruction": "Human：p\nAssistant：b\nHuman：q", "output": "a"}, TWO),
+        ("belle", {"instruction": "Human: p Assistant: b Human: q Assistant:", "input": "", "output": "a"}, TWO),
+        ("belle", {"instruction": "Human：p\tAssistant：b\tHuman：q\tAssistant：", "output": "a"}, TWO),
+        ("alpaca", {"instruction": "Human: who is the Assistant: you?", "output": "a"}, [("user", "Human: who is the Assistant: you?"), ("assistant", "a")]),
+        ("alpaca", {"instruction": "Human: p Human: q Assistant:", "output": "a"}, [("user", "Human: p Human: q Assistant:"), ("assistant", "a")]),
         ("alpaca", {"instruction": "Human: who wrote this?", "output": "a"}, [("user", "Human: who wrote this?"), ("assistant", "a")]),
         ("question-answer", {"question": "q", "answer": "a"}, QA),
         ("query-response", {"query": "q", "response": "a", "history": [["p", "b"]]}, TWO),
@@ -65,6 +69,8 @@ ROUNDS = "Human: p\nAssistant: b\nHuman: q\nAssistant:"
         ),
         ("sharegpt", {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": ""}, QA),
         ("sharegpt", {"conversations": [{"from": "human", "value": "q"}, {"from": "assistant", "value": "a"}]}, QA),
+        ("sharegpt", {"conversations": [{"from": "User", "value": "p"}, {"from": "chatgpt", "value": "b"}, {"from": "Human", "value": "q"}, {"from": "GPT", "value": "a"}]}, TWO),
+        ("messages", {"messages": [{"role": "developer", "content": "s"}, {"role": "USER", "content": "q"}, {"role": "Assistant", "content": "a"}]}, [("system", "s"), *QA]),
         ("conversation", {"conversation": [{"human": "p", "assistant": "b"}, {"human": "q", "assistant": "a"}]}, TWO),
         ("conversation", {"conversation": [{"system": "s", "input": "q", "output": "a"}]}, [("system", "s"), *QA]),
         ("sharegpt", {"conversations": [{"question": "q", "answer": "a"}]}, QA),
@@ -141,6 +147,44 @@ def test_every_layout_of_a_preference_is_the_same_record(name: str, row: dict) -
     assert (found.kind, "preference stage (dpo, reward)" in str(found)) == ("preference-row", True)
     with_more = read({**row, "system": "s", "weight": 0.5}, "preferences")[0]
     assert (with_more.turns[0], with_more.weight) == (Turn("system", "s"), 0.5)
+
+
+SAFE = {  # PKU-SafeRLHF
+    "prompt": "q",
+    "response_0": "b",
+    "response_1": "a",
+    "is_response_0_safe": False,
+    "is_response_1_safe": True,
+    "better_response_id": 1,
+    "safer_response_id": 0,
+}
+
+
+def test_two_answers_with_the_number_of_the_better_one_are_a_preference() -> None:
+    better, safer = Preference((Q,), A, Turn("assistant", "b")), Preference((Q,), Turn("assistant", "b"), A)
+    assert read(SAFE, "preferences") == [better]
+    assert read({**SAFE, "better_response_id": "1"}, "preferences") == [better], "as CSV writes it"
+    assert read(SAFE, "preferences", format="saferlhf_safe") == [safer]
+    assert read({key: SAFE[key] for key in SAFE if key != "better_response_id"}, "preferences") == [safer]
+    assert told(read(SAFE, "prompts")[0]) == QA[:1]
+    found = refused(SAFE)
+    assert (found.kind, "preference stage (dpo, reward)" in str(found)) == ("preference-row", True)
+    for wrong in (2, -1, None, True, "a"):
+        found = refused({**SAFE, "better_response_id": wrong}, "preferences")
+        assert found.kind == "wrong-type" and "'better_response_id' must be 0 or 1" in str(found)
+    assert refused({**SAFE, "response_0": " "}, "preferences").kind == "empty-answer"
+    with pytest.raises(UserError, match="it has no single answer"):
+        read(SAFE, format="saferlhf")
+    with pytest.raises(DataError, match="needs the key 'response_1'"):
+        read({"prompt": "q", "response_0": "a", "better_response_id": 0}, "preferences", format="saferlhf")
+
+
+def test_a_file_of_one_row_with_a_list_in_it_is_that_row_where_columns_say_so(tmp_path: Path) -> None:
+    row = {"id": 7, "talk": [{"human": "q", "assistant": "a"}]}
+    (tmp_path / "one.jsonl").write_text(json.dumps(row))
+    values = [[item.value for item in forms.open_file(tmp_path / "one.jsonl", "one", columns).items]
+              for columns in ({"messages": "talk"}, {"prompt": "human", "response": "assistant"}, None)]  # fmt: skip
+    assert values == [[row], row["talk"], row["talk"]]
 
 
 def test_columns_of_a_preference() -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from glmtune import families, methods
+from glmtune import tensors as tensors_module
 from glmtune.errors import UserError
 from glmtune.run import Full, Lora, load_run
 from glmtune.training import train
@@ -295,11 +296,22 @@ def test_a_broken_adapter_config_is_told(tiny_model, saved, text):
     assert "adapter_config.json" in refused(tiny_model, saved)
 
 
-@pytest.mark.parametrize(("key", "value"), [("peft_type", "PREFIX_TUNING"), ("use_dora", True), ("modules_to_save", ["lm_head"])])
-def test_other_kinds_of_adapter_are_refused(tiny_model, saved, key, value):
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"peft_type": "PREFIX_TUNING"}, "this is no prefix"),
+        ({"peft_type": "IA3"}, "IA3 adapters cannot be loaded"),
+        ({"use_dora": True}, "lora_magnitude_vector and use_dora do not go together"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head: named in modules_to_save, but not there"),
+        ({"bias": "all"}, "LoRA with bias=all cannot be loaded"),
+        ({"fan_in_fan_out": True}, "LoRA with fan_in_fan_out=True cannot be loaded"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa: it changed its base"),
+    ],
+)
+def test_a_config_that_does_not_go_with_the_tensors_is_refused(tiny_model, saved, changed, said):
     config = json.loads((saved / "adapter_config.json").read_text())
-    (saved / "adapter_config.json").write_text(json.dumps({**config, key: value}))
-    assert "only plain LoRA" in refused(tiny_model, saved)
+    (saved / "adapter_config.json").write_text(json.dumps({**config, **changed}))
+    assert said in refused(tiny_model, saved)
 
 
 class Trap:
@@ -329,7 +341,7 @@ def test_a_disk_that_lies_is_found_when_saving(tiny_model, tmp_path, monkeypatch
     def lie(tensors, path, metadata=None):
         save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, path, metadata=metadata)
 
-    monkeypatch.setattr(methods, "save_file", lie)
+    monkeypatch.setattr(tensors_module, "save_file", lie)
     with pytest.raises(OSError, match="does not read back"):
         methods.save_adapter(with_lora(tiny_model), tmp_path, Lora(), "")
 

@@ -1,4 +1,5 @@
 import random
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -15,10 +16,17 @@ def text_of(words: int, seed: int) -> str:
     return " ".join(random.Random(seed).choices(WORDS, k=words))
 
 
+def near_duplicates(texts: list[str]) -> list[quality.Near]:
+    near = quality.NearDuplicates()
+    for text in texts:
+        near.add(text)
+    return list(near.found(enumerate(texts)))
+
+
 def test_near_duplicates_names_the_earlier_text_and_the_share_of_common_pieces() -> None:
     one = text_of(40, 1)
     changed = one.rsplit(" ", 1)[0] + " other"
-    found = quality.near_duplicates([text_of(40, 2), one, text_of(40, 3), changed])
+    found = near_duplicates([text_of(40, 2), one, text_of(40, 3), changed])
     # 40 words are 38 pieces of three; the last word stands in one of them: 37 common of 39
     assert found == [quality.Near(3, 1, pytest.approx(37 / 39))]
 
@@ -32,17 +40,17 @@ def test_few_near_duplicates_are_missed_and_none_is_wrong(changes: int) -> None:
         for at in random.Random(seed).sample(range(60), changes):
             words[at] = "other"
         again.append(" ".join(words))
-    found = quality.near_duplicates(texts + again)
+    found = near_duplicates(texts + again)
     assert all(near.later == near.earlier + 200 and near.share >= quality.NEAR for near in found)
     assert len(found) >= 190
 
 
 def test_short_texts_are_not_near_each_other() -> None:
-    assert quality.near_duplicates([f"What is {i}? It is {i}." for i in range(50)]) == []
+    assert near_duplicates([f"What is {i}? It is {i}." for i in range(50)]) == []
 
 
 def test_chinese_texts_are_compared_by_characters() -> None:
-    assert [(n.later, n.earlier) for n in quality.near_duplicates([CHINESE * 2, LONG, CHINESE * 2 + "吗？"])] == [(2, 0)]
+    assert [(n.later, n.earlier) for n in near_duplicates([CHINESE * 2, LONG, CHINESE * 2 + "吗？"])] == [(2, 0)]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +104,10 @@ def test_special_tokens_of_every_family_are_found_inside_texts(token: str) -> No
 
 GOOD = ["Voilà, ça marche : « CAFÉ » à 5 °C.", "NÃO É UM PROBLEMA", "Это русский текст. РСФСР, С° и Р.", "10 µm ± 0.5 Â", "<b>bold</b> & 3 < 4", "Ça déjà vu",
         "#travel", "· · · ····", "你好！很高兴认识你", "骆驼祥子是老舍的小说。", "繁體中文也可以，謝謝您。", "ひらがなとカタカナ", "मैं घर जाता हूँ", "😀 👩‍👩‍👧 é",
-        "x <| y |> z", "[1, 2] and <3", "Ελληνικά", "Ünïcödé ÄÖÜ", "tab\there\nline", "한국어 텍스트", "<think>so</think>", "‘quotes’ – “dashes” — … €"]  # fmt: skip
+        "x <| y |> z", "[1, 2] and <3", "Ελληνικά", "Ünïcödé ÄÖÜ", "tab\there\nline", "한국어 텍스트", "<think>so</think>", "‘quotes’ – “dashes” — … €",
+        "AMANHÃ… NÃO!", "café¹² «é»…", "می\u200cخواهم و نمی\u200cخواهم و می\u200cروم", "ภาษา\u200bไทย\u200bง่าย\u200bมาก", "أ \u202a12\u202c ب", "👨\u200d👩\u200d👧\u200d👦 👩\u200d💻",
+        "🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f", "one\u200bword", "Write &amp; in HTML.", "<p>a &lt; b</p>", '{"a": "\\u4f60\\u597d"}', "R&D; AT&T", "\\usepackage",
+        "The response: yes", "# Response", "I use <think> tags.", "浣熊很可爱，涓涓细流"]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", GOOD)
@@ -104,13 +115,61 @@ def test_good_text_is_not_damaged(text: str) -> None:
     assert quality.damage(text) == {}
 
 
-@pytest.mark.parametrize("text", ["Yes.", "42", "Paris", "None", "She said: yes", LONG, CHINESE * 3, "- one\n- two\n- three", "[1] is the first", LONG + "\n\n- Anna",
+@pytest.mark.parametrize("text", ["Yes.", "42", "Paris", "none", "None.", "She said: yes", LONG, CHINESE * 3, "- one\n- two\n- three", "[1] is the first", LONG + "\n\n- Anna",
                                   "```\ncode\n```", '{"a": 1}', LONG + "(see https://example.org/a", "A good song is Hey Jude and Let It Be"])  # fmt: skip
 def test_whole_answers_do_not_look_cut(text: str) -> None:
-    assert quality.answer_damage(text) is None
+    assert [*quality.answer_damage("q", text)] == []
 
 
 @given(st.text(alphabet=st.characters(min_codepoint=0x4E00, max_codepoint=0x9FA5), min_size=5, max_size=30))
 def test_chinese_read_in_a_wrong_encoding_is_damage(text: str) -> None:
     assert "encoding-damage" in quality.damage(text.encode().decode("latin-1"))
     assert "encoding-damage" in quality.damage(text.encode().decode("gbk", "replace"))
+
+
+@pytest.mark.parametrize(
+    ("answer", "unit"),
+    [
+        ("One. " + "Two, three. " * 10, "Two, three."),
+        ("好的。" * 40, "好的。"),
+        ("-" * 200, ""),
+        ("| --- | --- " * 20, ""),
+        ("0 1 " * 60, ""),
+        ("Row, row, row your boat, " * 3, ""),
+        ("la la la la la", ""),
+        (LONG * 3, ""),
+    ],
+)
+def test_a_loop_is_what_stands_at_the_end_four_times_over(answer: str, unit: str) -> None:
+    assert sorted(quality.repeated_end(answer).split()) == sorted(unit.split())
+
+
+@pytest.mark.parametrize(
+    ("answer", "declined"),
+    [
+        ("I'm sorry, but as an AI language model, I cannot see it.", True),
+        ("As an AI language model, I don't have feelings.", True),
+        ("抱歉，我无法回答这个问题。", True),
+        ("作为一个人工智能助手，我没有身体。", True),
+        ("I'm sorry for your loss.", False),
+        ("As an AI researcher, I can tell you.", False),
+        ("对不起的英文是 sorry。", False),
+    ],
+)
+def test_answers_that_decline(answer: str, declined: bool) -> None:
+    assert quality.declines(answer) == declined
+
+
+@given(st.lists(st.integers(0, 50), max_size=40))
+def test_lengths_may_come_counted(sizes: list[int]) -> None:
+    assert quality.lengths(Counter(sizes), "tokens") == quality.lengths(sizes, "tokens")
+
+
+def test_near_duplicates_beyond_the_limit_are_counted_and_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "NEAR_LIMIT", 2)
+    near = quality.NearDuplicates()
+    texts = [text_of(40, 1), text_of(40, 1), text_of(40, 2), text_of(40, 2)]
+    for text in texts:
+        near.add(text)
+    assert (near.count, near.left_out) == (2, 2)
+    assert [(one.later, one.earlier) for one in near.found(enumerate(texts))] == [(1, 0)]

@@ -17,7 +17,7 @@ GIVEN = ("model=m", "data=a.json", "out=o")
         (["metod.rank=4"], "unknown option 'metod'; did you mean 'method'?"),
         (["method.rank=four"], "method.rank: wanted a valid integer, got 'four' (str)"),
         (["method.rank=0"], "method.rank: wanted greater than 0, got 0 (int)"),
-        (["method=lroa"], "method.kind: 'lroa' is not one of lora, full; did you mean 'lora'?"),
+        (["method=lroa"], "method.kind: 'lroa' is not one of lora, prefix, freeze, full; did you mean 'lora'?"),
         (["method=full", "method.rank=3"], "option 'method.rank' belongs to kind lora; the kind here is 'full'"),
         (["optim.schedule=cosin"], "optim.schedule: 'cosin' is not one of cosine, linear, constant; did you mean 'cosine'?"),
         (["stage=dpoo"], "stage.kind: 'dpoo' is not one of"),
@@ -133,3 +133,8 @@ def test_changed_options_are_what_differs_from_the_defaults():
         and found["method"] == {"kind": "full"}
         and found["data"] == [{"path": "a.json", "weight": 1.0}]
     )
+
+
+def test_another_kind_on_the_command_line_takes_over_the_options_both_have():
+    run = load_run(None, ["model=m", "data=d", "out=o", "optim.steps=4", "optim=adafactor", "method.rank=3", "method=prefix"])
+    assert run.optim.kind == "adafactor" and run.optim.steps == 4 and run.method.kind == "prefix"

@@ -3,9 +3,11 @@
 import gzip
 import hashlib
 import json
+import pickle
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +15,8 @@ from typing import ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from glmtune import blocks, check, data, forms, hub, reading, sources
 from glmtune.errors import UserError
@@ -195,6 +199,53 @@ def test_a_stream_gives_every_row_once_with_its_source() -> None:
     assert flow.spans == [data.Span("a.jsonl", "alpaca", 0, 1500), data.Span("b.jsonl", "alpaca", 1500, 2)]
     assert "a.jsonl: 1500 rows" in flow.notes[0] and "only the first 2" in flow.notes[1]
     assert len(list(flow)) == 1502, "it can be read again"
+
+
+LINES = [
+    '{"instruction": "q", "output": "a"}', '{"instruction": "q {{name}}", "output": "a", "more": 1}', '{"messages": []}', "", "7",
+    '{"question": "q", "human_answers": ["a", "b"], "chatgpt_answers": []}', '{"instruction": "q", "output": ', '{"foo": 1}, ',
+    '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "{{ other }}"}]}',
+]  # fmt: skip
+
+
+def told_by(flow: data.Stream, run: Callable[[data.Stream], list]) -> tuple:
+    try:
+        return run(flow), flow.notes, flow.spans
+    except UserError as error:
+        return (str(error),)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.lists(st.sampled_from(LINES[:3] + LINES[:1] * 12), min_size=1, max_size=12), min_size=1, max_size=3),
+    st.lists(st.tuples(st.integers(0, 9), st.sampled_from(LINES)), max_size=3),
+    st.sampled_from([None, 1, 5, 30]), st.sampled_from([{}, {"name": "N"}, {"name": "N", "nobody": "M"}]), st.integers(1, 5),
+)  # fmt: skip
+def test_who_reads_a_lot_and_how_far_ahead_changes_nothing(files, odd, most, variables, size) -> None:
+    for place, line in odd:
+        files[place % len(files)].insert(place, line)
+    for number, written in enumerate(files):
+        write(f"{number}.jsonl", "\n".join(written).encode())
+    given = [Source(path=f"{number}.jsonl", max_samples=most) for number in range(len(files))]
+
+    def elsewhere(flow: data.Stream) -> list:
+        """All is read ahead, as far as it can be read, and passed between processes; then what became of it is told."""
+        ahead, error, made = [], None, []
+        try:
+            ahead += flow.lots(size)
+        except UserError as found:
+            error = found
+        for lot, take in ahead:
+            read = flow.read(pickle.loads(pickle.dumps(lot)))
+            take(pickle.loads(pickle.dumps(read)))
+            made += [(lot.source, record) for record in read.records]
+        if error:
+            raise error
+        flow.finish()
+        return made
+
+    here, there = (told_by(data.stream(given, variables=variables), run) for run in (list, elsewhere))
+    assert here == there
 
 
 def test_a_form_that_first_comes_late_is_still_recognised_or_refused() -> None:

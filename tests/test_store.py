@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,102 @@ def test_the_sequences_are_those_of_the_template_whatever_the_number_of_processe
     from glmtune import data
 
     assert one == [template.encode(row) for row in data.load([Source(path=str(wanted.rows))]).rows]
+
+
+def outcome(asked: tokenise.Wanted, workers: int) -> Any:
+    """All that is known of a store; or the error."""
+    try:
+        made = tokenise.tokenised(asked, workers=workers)
+    except UserError as error:
+        return str(error)
+    about = {name: value for name, value in made.about.items() if name != "digests"}
+    return list(made), about, made.arrays["row"].tolist(), made.arrays["hash"].tolist()
+
+
+GOOD = [json.dumps({"instruction": f"q {i}", "output": f"a {i}"}) for i in range(40)]
+SEVERAL = json.dumps({"question": "q", "human_answers": ["a", "b"], "chatgpt_answers": ["c"]})
+FILES: dict[str, tuple[list[list[str]], dict[str, Any]]] = {  # lines of every file, and options of its source
+    "good": ([GOOD, GOOD[:3], GOOD[5:]], {}),
+    "blank lines and an array": ([[*GOOD[:9], "", "  ", *GOOD[9:]], ["[", ",\n".join(GOOD), "]"]], {}),
+    "rows of several answers": ([[*GOOD[:20], SEVERAL, *GOOD[20:], SEVERAL]], {}),
+    "other keys, later": ([[*GOOD, json.dumps({"instruction": "q", "output": "a", "also": 1})], GOOD], {}),
+    "at most 25": ([GOOD[:15], GOOD, GOOD], {"max_samples": 25}),
+    "at most 40": ([GOOD, GOOD], {"max_samples": 40}),
+    "variables": ([[*GOOD[:30], json.dumps({"instruction": "{{name}}", "output": "{{ other }}"}), *GOOD]], {}),
+    "no variables": ([[*GOOD, json.dumps({"instruction": "{{nme}}", "output": "a"})]], {}),
+    "broken first": ([['{"instruction"', *GOOD]], {}),
+    "broken in the middle": ([[*GOOD[:19], '{"instruction": "q', *GOOD[:9], "7", '{"output": ""}', *GOOD], [*GOOD, "{}"]], {}),
+    "broken last": ([GOOD, [*GOOD, '{"instruction": "q", "output": "a"']], {}),
+    "a key twice": ([[*GOOD, '{"instruction": "q", "output": "a", "output": "b"}', *GOOD]], {}),
+    "more bad rows than are named": ([[*GOOD, *['{"instruction": "q", "output": ""}'] * 30, *GOOD]], {}),
+    "columns that come late": (
+        [[*GOOD * 30, json.dumps({"instruction": "q", "output": "a", "sys": "S"})]],
+        {"columns": {"prompt": "instruction", "response": "output", "system": "sys"}},
+    ),
+    "columns that never come, and then no file": (
+        [GOOD * 30, [""]],
+        {"columns": {"prompt": "instruction", "response": "output", "system": "sys"}},
+    ),
+    "bad rows, and then no file": ([[*GOOD, "{}"], ["[]"]], {}),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_all_that_is_told_of_rows_is_the_same_whatever_the_number_of_processes(wanted, cache, tmp_path, monkeypatch, name):
+    files, options = FILES[name]
+    (tmp_path / "files").mkdir()
+    for number, lines in enumerate(files):
+        (tmp_path / f"files/{number}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    variables = {"name": "Xiaozhi"} if "variables" in name else None
+    given = [Source(path=str(tmp_path / "files"), **options), Source(path=str(wanted.rows))]
+    monkeypatch.setattr(tokenise, "CHUNK", 7)
+    monkeypatch.setattr(tokenise, "PARALLEL", 10)
+    one, two, three = (outcome(wanted(sources=given, variables=variables), workers) for workers in (1, 2, 3))
+    assert one == two == three
+    from glmtune import data
+
+    try:
+        loaded = data.load(given, variables=variables)
+    except UserError as error:
+        assert one == str(error)
+    else:
+        template = wanted().template
+        assert one[0] == [template.encode(row) for row in loaded.rows] and one[1]["notes"] == loaded.notes
+        assert one[1]["rows"] == len(loaded.rows) and one[2] == [*range(len(loaded.rows))]
+        assert one[3] == [data.content_hash(row) for row in loaded.rows]
+        assert [span["count"] for span in one[1]["spans"]] == [span.count for span in loaded.spans]
+
+
+def test_an_error_of_encoding_comes_before_those_of_later_rows(wanted, cache, tmp_path, monkeypatch):
+    """With several processes the files are read ahead; what is told first is what stands first."""
+    odd = json.dumps({"messages": [{"role": role, "content": role} for role in ("user", "assistant", "tool", "assistant")]})
+    (tmp_path / "a.jsonl").write_text("\n".join([*GOOD, odd, *GOOD]))
+    (tmp_path / "b.jsonl").write_text("")
+    monkeypatch.setattr(tokenise, "CHUNK", 7)
+    monkeypatch.setattr(tokenise, "PARALLEL", 10)
+    given = [Source(path=str(tmp_path / name)) for name in ("a.jsonl", "b.jsonl")]
+
+    def refuse(template: Any, row: Any, *rest: Any) -> Any:
+        if len(row.turns) == 4:
+            raise UserError(f"{row.where}: a turn that cannot be written")
+        return encode(template, row, *rest)
+
+    encode = tokenise.STAGES["sft"].encode
+    monkeypatch.setitem(tokenise.STAGES, "sft", replace(tokenise.STAGES["sft"], encode=refuse))
+    for workers in (1, 2, 3):
+        assert outcome(wanted(sources=given), workers) == f"{tmp_path / 'a.jsonl'}:41: a turn that cannot be written"
+
+
+def test_progress_is_told_by_rows_and_by_bytes(wanted, cache, monkeypatch):
+    monkeypatch.setattr(tokenise, "CHUNK", 7)
+    monkeypatch.setattr(tokenise, "PARALLEL", 20)
+    monkeypatch.setattr(tokenise, "TOLD", 30)
+    for workers in (1, 2):
+        told: list[tuple[int, float]] = []
+        tokenise.tokenised(wanted(), workers=workers, progress=lambda *now, told=told: told.append(now))
+        assert [rows for rows, _ in told] == [35, 42, 49, 56, 60]
+        shares = [share for _, share in told]
+        assert shares == sorted(shares) and 0.5 < shares[0] < 0.7 and shares[-1] > 0.99
 
 
 def test_what_is_small_stays_in_memory_and_what_is_kept_is_found_again(wanted, cache):

@@ -4,6 +4,7 @@ No code that came with a checkpoint is ever run. Nothing here sees a data set.
 """
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -59,6 +60,7 @@ MARKS = {  # the special tokens without which a format cannot be written
     "baichuan": baichuan.MARKS["Baichuan"],
     "baichuan2": baichuan.MARKS["Baichuan2"],
 }
+QUANTS = ("nf4", "int8", "chatglm-int4", "chatglm-int8")  # quant.KINDS, known before torch is loaded
 FILLED = ("llama", "mistral", "qwen2", "qwen3", "glm", "glm4", "chatglm1", "llama_alibi")  # named in files as in the class
 NAMES = {"chatglm1": "ChatGLM-6B", "llama_alibi": "Llama with ALiBi (Baichuan-13B)"}  # of what export writes
 
@@ -103,6 +105,8 @@ def config_of(folder: Path) -> dict[str, Any]:
 def tensor_shapes(folder: Path) -> dict[str, list[int]]:
     """Native names and shapes of all tensors, from the files' headers (milliseconds). Raises UserError on missing or cut files."""
     family = family_of(folder)
+    if published_quant(folder) in ("nf4", "int8"):  # files hold other shapes than the model
+        return {name: list(p.shape) for name, p in load_model(folder, device="meta").named_parameters()}
     stored = weights.open_folder(folder, _bits(folder))
     return {name: list(shape) for name, shape, _, _ in weights.native(family, stored)}
 
@@ -167,6 +171,83 @@ def pick_targets(wanted: Sequence[str] | None, names: Sequence[str]) -> list[str
             )
         chosen.update(found)
     return [name for name in names if name in chosen]
+
+
+def lora_sizes(options: Any, chosen: Sequence[str]) -> dict[str, tuple[int, float]]:
+    """Rank and alpha of each chosen layer under a run's method (run.Lora). Raises UserError for names in `ranks`, `alphas` that match none."""
+    ranks: dict[str, Any] = dict.fromkeys(chosen, options.rank)
+    alphas: dict[str, Any] = dict.fromkeys(chosen, options.alpha)
+    for target, rank in options.ranks.items():
+        ranks |= dict.fromkeys(pick_targets([target], chosen), rank)
+    for target, alpha in options.alphas.items():
+        alphas |= dict.fromkeys(pick_targets([target], chosen), alpha)
+    return {name: (ranks[name], alphas[name]) for name in chosen}
+
+
+def frozen_choice(options: Any, names: Sequence[str]) -> set[str]:
+    """Which parameters `freeze` trains. Blocks are chosen by their exact number, never by a piece of a name: 7 is not 17."""
+    block_of = {name: int(found[1]) for name in names if (found := re.search(r"\.(\d+)\.", name))}
+    count = 1 + max(block_of.values(), default=-1)
+    given = options.layers
+    if given is None:
+        n = options.first or options.last or 3
+        if n > count:
+            raise UserError(f"method.{'first' if options.first else 'last'}={n}, but this model has {count} blocks")
+        given = list(range(n)) if options.first else list(range(count - n, count))
+    wrong = [number for number in given if not -count <= number < count]
+    if wrong:
+        raise UserError(f"method.layers names block {wrong[0]}; this model has {count} blocks, 0 to {count - 1}")
+    wanted = {number % count for number in given}
+    kinds = {"all": ".*", "mlp": "mlp|feed_forward", "attention": "(self_)?(attn|attention)"}
+    chosen = {
+        name
+        for name, block in block_of.items()
+        if block in wanted and re.fullmatch(kinds[options.modules], name.split(f".{block}.", 1)[1].split(".")[0])
+    }
+    if not chosen and wanted:
+        raise UserError(f"method.modules={options.modules} finds nothing in these blocks; use method.modules=all")
+    rest = [name for name in names if name not in block_of]
+    for other in options.others:
+        found = {name for name in rest if is_module(name.rsplit(".", 1)[0], other)}
+        if not found:
+            known = sorted({name.rsplit(".", 1)[0].split(".")[-1] for name in rest})
+            raise UserError(f"method.others names '{other}'; outside its blocks this model has {known}{did_you_mean(other, known)}")
+        chosen |= found
+    if not chosen:
+        raise UserError("method freeze was told to train no block and nothing else; give method.last=3, or method.layers=[...]")
+    return chosen
+
+
+def is_module(name: str, wanted: str) -> bool:
+    return name == wanted or name.endswith("." + wanted)
+
+
+def prefix_parameters(folder: Path, length: int, projection: bool) -> int:
+    """Trainable parameters of a prefix of `length` tokens: two vectors a layer and token, or the network that makes them (prefix.Encoder)."""
+    config = {**config_of(folder), **config_of(folder).get("text_config", {})}
+    hidden, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
+    width = (config.get("num_key_value_heads") or heads) * (config.get("head_dim") or hidden // heads)
+    made = 2 * layers * width
+    if not projection:
+        return length * made
+    read = hidden if config.get("model_type") == "chatglm1" else made  # published: ChatGLM-6B's embedding is narrower
+    return length * read + hidden * (read + 1) + made * (hidden + 1)
+
+
+def published_quant(folder: Path) -> str | None:
+    """How a folder keeps its weights, as a value of the run option `quant`: ChatGLM's own, or as transformers saves them with
+    bitsandbytes; None: in 16 or 32 bits. Raises UserError for other quantisations."""
+    made = published_config(folder).get("quantization_config") or {}
+    if not made:
+        bits = _bits(folder)
+        return f"chatglm-int{bits}" if bits else None
+    nf4 = made.get("load_in_4bit") and made.get("bnb_4bit_quant_type") == "nf4"
+    if made.get("quant_method") != "bitsandbytes" or not (nf4 or made.get("load_in_8bit")):
+        raise UserError(
+            f"{folder} was saved quantised as {made.get('quant_method')} {made.get('bnb_4bit_quant_type', '')}, of which only bitsandbytes' "
+            "nf4 and int8 can be tuned; take the original model, with quant=nf4 or quant=int8"
+        )
+    return "nf4" if nf4 else "int8"
 
 
 def sharing(chosen: Sequence[str]) -> list[list[str]]:
@@ -366,11 +447,36 @@ def as_dtype(dtype: Any) -> Any:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(dtype, dtype)
 
 
-def load_model(path: str | Path, *, dtype: Any = "auto", device: Any = "auto") -> Any:
+def quant_kind(folder: Path, wanted: str | None) -> str | None:
+    """What the option `quant` of `load_model` stands for on a folder; reads no weights. "keep" is what it was published as.
+
+    Raises UserError for an unknown name, one that this model or this machine cannot do, and for a second rounding of rounded weights.
+    """
+    if wanted is None:
+        return None
+    kept, family = published_quant(folder), family_of(folder)
+    if wanted != "keep" and wanted not in QUANTS:
+        raise UserError(f"quant: '{wanted}' is not known; wanted {', '.join(QUANTS)}{did_you_mean(wanted, QUANTS)}")
+    if kept and wanted not in ("keep", kept):
+        raise UserError(
+            f"{folder} is published as {kept}; quant={wanted} would round rounded weights: leave quant out, or take the 16-bit model"
+        )
+    if wanted == "keep" and not kept:
+        raise UserError(f"quant: keep is for models published in int4 or int8, {folder} is not; wanted {', '.join(QUANTS)}")
+    if wanted.startswith("chatglm") and not kept and family.config.get("model_type") not in ("chatglm1", "glm"):
+        raise UserError(f"quant={wanted} is ChatGLM's own, this is {family.name}; use quant=nf4 or quant=int8")
+    if wanted == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError('quant=nf4 needs bitsandbytes: pip install "glmtune[quant]"; quant=int8 needs nothing more')
+    return kept if wanted == "keep" else wanted
+
+
+def load_model(path: str | Path, *, dtype: Any = "auto", device: Any = "auto", quant: str | None = None) -> Any:
     """The model of a folder as a native `PreTrainedModel`, in eval mode.
 
     dtype: a torch dtype, "bf16", "fp16", "fp32", or "auto" (the checkpoint's own). device "meta": names and shapes only, no weights
-    are needed. Raises UserError: no such folder, no native class, missing, extra or misshapen tensors (all of them listed).
+    are needed. quant: one of QUANTS, or "keep" (as published): the linear layers of the blocks are quant.QuantLinear, packed one by one
+    while they are read; None: nothing is packed, and what was published packed is unpacked.
+    Raises UserError: no such folder, no native class, missing, extra or misshapen tensors (all of them listed), as `quant_kind` does.
     """
     import torch
 
@@ -382,13 +488,18 @@ def load_model(path: str | Path, *, dtype: Any = "auto", device: Any = "auto") -
     if dtype == "auto":
         named = str(published_config(folder).get("torch_dtype") or published_config(folder).get("dtype") or "float32")
         dtype = getattr(torch, named.removeprefix("torch."), torch.float32)
+    kind = quant_kind(folder, quant)
     if device.type == "meta":
         return _empty(family, dtype, folder)
+    if published_quant(folder) in ("nf4", "int8"):
+        return _adopted(folder, dtype, device, kind)
     stored = weights.open_folder(folder, _bits(folder))
-    if family.native and not _ours_reads(family, stored, dtype):
+    if family.native and kind and family.config.get("model_type") not in FILLED:
+        return _packed_after(folder, stored, dtype, device, kind)
+    if family.native and not kind and not _ours_reads(family, stored, dtype):
         return _from_pretrained(folder, dtype, device)
     model = _empty(family, dtype, folder)
-    weights.fill(model, family, stored, folder, dtype, device)
+    weights.fill(model, family, stored, folder, dtype, device, kind)
     _fresh_buffers(model, device)
     if (folder / "generation_config.json").is_file():
         from transformers import GenerationConfig
@@ -400,9 +511,44 @@ def load_model(path: str | Path, *, dtype: Any = "auto", device: Any = "auto") -
 def _ours_reads(family: Family, stored: dict[str, weights.Stored], dtype: Any) -> bool:
     """Whether a folder that transformers knows is better read by `weights`: its loader maps the files into memory, which costs nothing
     in the stored dtype, but leaves a second copy there when every tensor is cast (measured: 1.9 times the weights, ours 1.02)."""
-    if family.config.get("model_type") not in FILLED or "quantization_config" in family.config:
+    if family.config.get("model_type") not in FILLED:
         return False
     return any(item.dtype != str(dtype).removeprefix("torch.") for item in stored.values())
+
+
+def _adopted(folder: Path, dtype: Any, device: Any, kind: str | None) -> Any:
+    """A folder that transformers saved with bitsandbytes: opened by it, then its layers are changed for ours."""
+    import torch
+
+    from .. import quant
+
+    quant.bitsandbytes()
+    model = _from_pretrained(folder, dtype, torch.device("cpu"))
+    quant.adopt(model, None if kind else dtype, str(folder))
+    model.hf_quantizer.remove_quantization_config(model)  # else transformers refuses to move it, and export would write it down
+    return model.to(device)
+
+
+def _packed_after(folder: Path, stored: dict[str, weights.Stored], dtype: Any, device: Any, kind: str) -> Any:
+    """A folder whose tensors only transformers' loader can place: mapped in the stored dtype, then packed layer by layer."""
+    import torch
+
+    from .. import quant
+
+    kept = {item.dtype for item in stored.values() if len(item.shape) > 1}
+    model = _from_pretrained(folder, getattr(torch, kept.pop()) if len(kept) == 1 else torch.float32, torch.device("cpu"))
+    names = quant.linears(model)
+    share = sum(model.get_submodule(name).weight.numel() for name in names) / quant.in_blocks(model)
+    if share < 0.9:
+        raise UserError(
+            f"{folder}: only {share:.0%} of the weights of its blocks are linear layers, which can be packed; leave quant={kind} out"
+        )
+    for name in names:
+        weight = model.get_submodule(name).weight.detach().to(device)
+        quant.replace(model, [name])[name].packed = quant.pack(weight, kind, f"{folder}: {name}.weight")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(device, dtype)
+    return model.to(device)
 
 
 def _empty(family: Family, dtype: Any, folder: Path) -> Any:

@@ -80,7 +80,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (parts * cos + torch.cat([-second, first], -1) * sin).flatten(-2).to(x.dtype)
 
 
-def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs) -> tuple[Tensor, Tensor]:
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs) -> tuple[Tensor, Tensor]:
     """softmax(q k^T scaling + mask) v; query, key, value [b, h, s or k, d] -> [b, s, h, d], weights [b, h, s, k]. Softmax in fp32."""
     scores = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
@@ -118,7 +118,7 @@ class ChatGLM1Attention(nn.Module):
         elif past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         # Published scores are divided by the layer's number and multiplied by it again (fp16 range): it cancels.
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention_forward)
         if attention_mask is not None:
             attention_mask = attention_mask.to(query.dtype)  # autocast and mixed precision change the dtype within the model
         out, weights = attend(self, query, key, value, attention_mask, scaling=self.head_dim**-0.5, dropout=0.0, **kwargs)
@@ -366,15 +366,16 @@ class ChatGLM1ForCausalLM(ChatGLM1PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        coordinates: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As ChatGLM1Model.forward, with logits [b, s, vocab] and, given labels [b, s] (-100 = not learned), the mean loss in fp32.
 
-        logits_to_keep: the last so many positions (0 = all), or the positions' indices.
+        logits_to_keep: the last so many positions (0 = all), or the positions' indices. coordinates: position_ids from generate();
+        they go before those of that name, which PEFT would let start behind a learned prefix.
         """
-        out = self.transformer(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
-        )
+        place = position_ids if coordinates is None else coordinates
+        out = self.transformer(input_ids, attention_mask, place, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept])
         loss = None
@@ -405,13 +406,14 @@ class ChatGLM1ForCausalLM(ChatGLM1PreTrainedModel, GenerationMixin):
             raise UserError("inputs_embeds do not tell where <sop> is; pass generate() the input_ids that they stand for as well")
         # generate drops a mask of ones; rows must stand as they would in a padded batch.
         known = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        return super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
+        inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             position_ids=self.make_position_ids(input_ids, known),
             **kwargs,
         )
+        return {**inputs, "coordinates": inputs["position_ids"]}
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:

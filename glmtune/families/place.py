@@ -21,6 +21,7 @@ class Place:
     adapter: Path | None = None
     system: str | None = None
     template: Any = "auto"  # str or Form
+    quant: str | None = None  # how a run kept its base: what was learned fits those numbers
     join: str | None = None  # between instruction and input, as it was trained; None: the template's usual one
 
     @property
@@ -45,6 +46,7 @@ def locate(model: str | Path, adapter: str | Path | None = None, say=lambda text
         _adapter(adapter) or (None if whole else found),
         run.get("system"),
         Form(**template) if isinstance(template, dict) else template,
+        (run.get("resolved") or {}).get("quant") or run.get("quant"),
         run.get("join"),
     )
 

@@ -154,23 +154,26 @@ class Reader:
 
     def read(self, stored: Stored, take: Take | None = None) -> Any:
         """The rows that `take` wants (all without), in the stored dtype; quantised ones as fp32."""
+        if stored.scale is None:
+            return self._cut(stored, take)
+        codes, scale = self.read_packed(stored, take)
+        return dequantise(codes, scale.float(), 4 if stored.packed else 8)
+
+    def read_packed(self, stored: Stored, take: Take | None = None) -> tuple[Any, Any]:
+        """The rows that `take` wants of a quantised tensor, as they are stored: codes int8 [out, in] or [out, in / 2], scale [out]."""
+        assert stored.scale is not None
+        columns = stored.shape[1] // 2 if stored.packed else stored.shape[1]
+        return self._cut(replace(stored, shape=(stored.shape[0], columns)), take), self._cut(stored.scale, take)
+
+    def _cut(self, stored: Stored, take: Take | None) -> Any:
         rows = stored.shape[0] if stored.shape else 1
         if take is None or (take.groups == 1 and take.start == 0 and take.stop is None):
-            return self._rows(stored, 0, rows)
+            return self._plain(stored, 0, rows)
         if take.groups == 1:
             kept = range(rows)[take.start : take.stop]
-            return self._rows(stored, kept.start, kept.stop)
-        whole = self._rows(stored, 0, rows)
+            return self._plain(stored, kept.start, kept.stop)
+        whole = self._plain(stored, 0, rows)
         return whole.unflatten(0, (take.groups, -1))[:, take.start : take.stop].flatten(0, 1).contiguous()
-
-    def _rows(self, stored: Stored, start: int, stop: int) -> Any:
-        if stored.scale is None:
-            return self._plain(stored, start, stop)
-        scale = self._plain(stored.scale, start, stop).float()
-        columns = stored.shape[1] // 2 if stored.packed else stored.shape[1]
-        return dequantise(
-            self._plain(replace(stored, shape=(stored.shape[0], columns)), start, stop), scale, 4 if stored.packed else 8
-        )
 
     def _plain(self, stored: Stored, start: int, stop: int) -> Any:
         import torch
@@ -203,14 +206,11 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
-def dequantise(weight: Any, scale: Any, bits: int) -> Any:
-    """ChatGLM's own quantisation back to fp32: weight int8 [out, in] (8 bits) or [out, in/2] (4 bits, the first number of a pair in
-    the high half of the byte, both signed), scale [out]. Source: quantization.py of the published chatglm-6b-int4 and -int8."""
-    import torch
+def dequantise(codes: Any, scale: Any, bits: int) -> Any:
+    """`quant.dequantise`, which loads torch."""
+    from .. import quant
 
-    if bits == 4:
-        weight = torch.stack([weight >> 4, (weight << 4) >> 4], -1).flatten(-2)  # shifts of int8 keep the sign
-    return weight.float().mul_(scale.unsqueeze(-1))
+    return quant.dequantise(codes, scale, bits)
 
 
 def native(family: Family, stored: dict[str, Stored]) -> Iterator[tuple[str, tuple[int, ...], Stored, Take]]:
@@ -220,12 +220,18 @@ def native(family: Family, stored: dict[str, Stored]) -> Iterator[tuple[str, tup
             yield take.name, (take.rows(item.shape[0]), *item.shape[1:]) if item.shape else (), item, take
 
 
-def fill(model: Any, family: Family, stored: dict[str, Stored], folder: Path, dtype: Any, device: Any) -> None:
+def fill(
+    model: Any, family: Family, stored: dict[str, Stored], folder: Path, dtype: Any, device: Any, kind: str | None = None
+) -> None:
     """Gives a model that was made on the meta device its weights, in place: read, cut, cast and put on the device one by one.
 
+    kind: of quant.KINDS; the linear layers of the blocks become QuantLinear, each packed as soon as it is read, out of the numbers in the
+    file (not the cast ones). Layers that ChatGLM published packed stay as they are, where it is that kind.
     Raises UserError before anything is read, with all tensors that are missing, unexpected or misshapen.
     """
     import torch
+
+    from .. import quant
 
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     wanted = {name: tuple(p.shape) for name, p in model.state_dict(keep_vars=True).items() if name not in tied}
@@ -240,9 +246,18 @@ def fill(model: Any, family: Family, stored: dict[str, Stored], folder: Path, dt
     ]
     if wrong:
         raise UserError(f"the weights in {folder} do not fit its config.json, {len(wrong)} tensors: {'; '.join(wrong)}")
+    published = any(item.scale is not None for item, _, _ in sources.values())
+    chosen = [name for name in quant.linears(model) if not published or sources[f"{name}.weight"][0].scale is not None]
+    layers = {f"{name}.weight": layer for name, layer in quant.replace(model, chosen if kind else ()).items()}
     reader = Reader()
     for name, (item, take, _) in sorted(sources.items(), key=lambda pair: (str(pair[1][0].path), pair[1][0].offset or 0)):
         if name in tied:
+            continue
+        if kind and name in layers:
+            if item.scale is None:
+                layers[name].packed = quant.pack(reader.read(item, take).to(device), kind, f"{folder}: {item.name}")
+            else:
+                layers[name].packed = quant.KINDS[kind](*(part.to(device) for part in reader.read_packed(item, take)))
             continue
         tensor = reader.read(item, take)
         if name in family.normalised:

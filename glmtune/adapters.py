@@ -1,0 +1,321 @@
+"""LoRA adapters as files, in PEFT's layout: read from any tool's folder and checked, written with a README.
+
+Everything here works on files and tensors; no model is made. `importing` changes the layout, `blend` adds adapters up.
+"""
+
+import json
+import math
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import __version__, families
+from .chat import read_object
+from .errors import UserError, did_you_mean
+from .families import weights
+from .methods import PREFIX
+from .tensors import compare, read_tensors, write_tensors, write_text
+
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_model.bin")  # the last: checkpoints of some trainers
+# What a config may hold that changes the function in ways that are not read. enable_lora: peft 0.2's merged layers.
+FOREIGN = (
+    "enable_lora", "layer_replication", "lora_bias", "target_parameters", "trainable_token_indices", "use_qalora", "use_bdlora",
+    "alora_invocation_tokens", "arrow_config", "monteclora_config",
+)  # fmt: skip
+CHANGED_BASES = ("pissa", "olora", "corda", "loftq")  # these beginnings of LoRA change the base's weights too
+
+
+@dataclass
+class Layer:
+    """LoRA on one linear layer: y = W x + scaling B A x. A [rank, in], B [out, rank]; magnitude [out] where DoRA sets the rows' lengths."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+    magnitude: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+
+@dataclass
+class Adapter:
+    """What an adapter folder holds. `whole`: parameters of modules_to_save, by name."""
+
+    folder: Path
+    config: dict[str, Any]
+    layers: dict[str, Layer]
+    whole: dict[str, Tensor] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)  # tensors of a value head
+
+    @property
+    def rslora(self) -> bool:
+        return bool(self.config.get("use_rslora"))
+
+    @property
+    def dora(self) -> bool:
+        return any(layer.magnitude is not None for layer in self.layers.values())
+
+    @property
+    def changes_nothing(self) -> bool:
+        return not self.whole and not self.dora and not any(one.A.any() and one.B.any() for one in self.layers.values())
+
+
+# --- reading ------------------------------------------------------------------------------------------------------------
+
+
+def read(path: str | Path) -> Adapter:
+    """A LoRA adapter in PEFT's layout: its folder, the folder of a run, or its weight file.
+
+    Raises UserError: no such folder, no or a broken config, a file that is cut short or holds code, a rank that is not the config's, another
+    kind of adapter, numbers that are not finite.
+    """
+    folder, file = _find(Path(path).expanduser())
+    config = read_object(folder / "adapter_config.json")
+    if not config:
+        raise UserError(
+            f"{folder} holds no adapter_config.json, which names rank, alpha and layers; copy it from where the adapter was trained"
+            + _there(folder)
+        )
+    _check_config(folder, config)
+    tensors = tensors_of(file)
+    if not tensors:
+        raise UserError(f"{file} holds no tensors: the program that saved it lost them; take an older checkpoint, or train again")
+    return _sorted_out(folder, config, tensors)
+
+
+def _find(path: Path) -> tuple[Path, Path]:
+    """An adapter's folder and its weight file."""
+    if path.is_file() and path.suffix in (".bin", ".safetensors"):
+        return path.parent, path
+    if path.is_file():
+        raise UserError(
+            f"{path} is no adapter; wanted its folder, or its adapter_model.safetensors, adapter_model.bin or pytorch_model.bin"
+        )
+    if not path.is_dir():
+        near = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        raise UserError(f"there is no adapter {path}{did_you_mean(path.name, near)}")
+    for folder in (path, path / "adapter"):  # the second: a run's folder
+        for name in WEIGHTS:
+            if (folder / name).is_file():
+                return folder, folder / name
+    raise UserError(f"{path} is no adapter: it holds none of {', '.join(WEIGHTS)}{_there(path)}")
+
+
+def _there(folder: Path) -> str:
+    return f" (there: {', '.join(sorted(p.name for p in folder.iterdir())[:6]) or 'nothing'})"
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    """Of a safetensors or a `.bin` file; the latter through torch's restricted unpickler, so that no code in it is ever run."""
+    return read_tensors(path) if path.suffix == ".safetensors" else weights._unpickle(path)
+
+
+def _check_config(folder: Path, config: dict[str, Any]) -> None:
+    path = folder / "adapter_config.json"
+    kind = str(config.get("peft_type"))
+    if kind != "LORA":
+        raise UserError(f"{path}: its peft_type is {kind}; only LORA adapters can be imported, exported back and mixed")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1:
+        raise UserError(
+            f"{path}: r is {rank!r} and lora_alpha {alpha!r}; wanted a whole number above 0 and a number; copy the file again"
+        )
+    foreign = [key for key in FOREIGN if config.get(key)]
+    if foreign:
+        raise UserError(f"{path} uses {', '.join(foreign)}, which cannot be read; merge the adapter with the program that made it")
+    if config.get("bias", "none") != "none":
+        raise UserError(
+            f"{path}: bias is {config['bias']}: biases were trained too, which adapters here cannot hold; merge it where it was made"
+        )
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(CHANGED_BASES):
+        raise UserError(
+            f"{path}: init_lora_weights is {start}, which also changed the base's weights, so the adapter fits no other base; save it with "
+            "PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
+        )
+
+
+_LORA = re.compile(r"(?P<layer>.+)\.lora_(?P<part>A|B|magnitude_vector)(?:\.(?!weight$)[^.]+)?(?:\.weight)?")
+
+
+def _sorted_out(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Adapter:
+    parts: dict[str, dict[str, Tensor]] = {}
+    made = Adapter(folder, config, {})
+    saved = [name.split(".")[-1] for name in config.get("modules_to_save") or ()]
+    for full, tensor in tensors.items():
+        name = full.removeprefix(PREFIX)
+        found = _LORA.fullmatch(name)
+        if found is not None:
+            held = parts.setdefault(found["layer"], {})
+            if found["part"] in held:
+                raise UserError(f"{folder}: {found['layer']} has two adapters in one file; save one of them by itself")
+            held[found["part"]] = tensor
+        elif {"v_head", "value_head"} & set(name.split(".")) or (
+            name.startswith("score.") and config.get("task_type") != "SEQ_CLS"
+        ):
+            made.left_out.append(name)
+        elif name.split(".")[-2] in saved:
+            made.whole[name] = tensor
+        else:
+            raise UserError(
+                f"{folder}: {name} is no LoRA tensor of a linear layer; only A, B, DoRA's lengths and modules_to_save can be read"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(
+                f"{folder}: {name} holds numbers that are not finite; the training broke down, take an older checkpoint"
+            )
+    wrong = []
+    for name, held in parts.items():
+        A, B = held.get("A"), held.get("B")
+        rank = _by_pattern(config.get("rank_pattern"), name, config["r"])
+        if A is None or B is None:
+            wrong.append(f"{name} has no {'A' if A is None else 'B'}")
+        elif A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
+            wrong.append(f"{name}: A {list(A.shape)} and B {list(B.shape)} do not belong together")
+        elif A.shape[0] != rank:
+            wrong.append(f"{name} has rank {A.shape[0]}, its adapter_config.json says {rank}")
+        else:
+            alpha = _by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
+            scaling = alpha / (math.sqrt(rank) if made.rslora else rank)
+            made.layers[name] = Layer(A, B, scaling, held.get("magnitude_vector"))
+    if wrong:
+        raise UserError(f"{folder}: files of different adapters, or damaged ones: {first(wrong)}; copy the folder again")
+    if not made.layers:
+        raise UserError(f"{folder} holds no LoRA tensors (there: {', '.join(list(tensors)[:3])}); it is another kind of checkpoint")
+    return made
+
+
+def _by_pattern(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
+    """As PEFT looks into rank_pattern and alpha_pattern: a key is a regular expression for the end of a dotted name."""
+    return next((value for key, value in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({key})", name)), default)
+
+
+def first(wrong: Sequence[str]) -> str:
+    return "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+
+
+# --- writing ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def new_folder(to: str | Path) -> Iterator[Path]:
+    """A folder in the making, which gets its name when all went well. Raises UserError where `to` is taken."""
+    to = Path(to).expanduser().resolve()
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UserError(f"{to} exists already and is never overwritten; choose another --to, or remove it")
+    work = to.with_name(f".{to.name}.part")
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        work.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--to {to}: {error.strerror}; choose another folder") from None
+    try:
+        yield work
+        if to.exists():
+            to.rmdir()
+        work.rename(to)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def write(folder: Path, adapter: Adapter, base: str, linear: Iterable[str] = ()) -> None:
+    """adapter_model.safetensors and adapter_config.json, as PEFT reads them, read back and compared. linear: all linear layers of the model's
+    blocks, so that target_modules can be said by last names; unknown, each layer is named in full."""
+    tensors = lora_tensors(adapter)
+    write_tensors(tensors, folder / "adapter_model.safetensors")
+    compare(tensors, folder / "adapter_model.safetensors")
+    ranks = {name: layer.rank for name, layer in adapter.layers.items()}
+    alphas = {name: _alpha(layer, adapter.rslora) for name, layer in adapter.layers.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    modules = sorted({name.split(".")[-2] for name in adapter.whole})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": adapter.config.get("lora_dropout", 0.0),
+        "rank_pattern": _pattern(ranks, rank),
+        "alpha_pattern": _pattern(alphas, alpha),
+        "target_modules": _targets(adapter.layers, linear),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "modules_to_save": modules or None,
+        "use_rslora": adapter.rslora,
+        "use_dora": adapter.dora,
+    }
+    write_text(folder / "adapter_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def lora_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    found = {PREFIX + name: tensor for name, tensor in adapter.whole.items()}
+    for name, layer in adapter.layers.items():
+        found |= {f"{PREFIX}{name}.lora_A.weight": layer.A, f"{PREFIX}{name}.lora_B.weight": layer.B}
+        if layer.magnitude is not None:
+            found[f"{PREFIX}{name}.lora_magnitude_vector"] = layer.magnitude
+    return {name: tensor.clone().contiguous() for name, tensor in found.items()}  # an A that layers share is written for each
+
+
+def _alpha(layer: Layer, rslora: bool) -> float | int:
+    return _whole_number(layer.scaling * (math.sqrt(layer.rank) if rslora else layer.rank))
+
+
+def _whole_number(number: float) -> float | int:
+    """16 for 16.000000000000004: alpha / rank * rank is not always alpha again."""
+    return round(number) if math.isclose(number, round(number), rel_tol=1e-12) else number
+
+
+def _pattern(values: dict[str, Any], usual: Any) -> dict[str, Any]:
+    """Layers that differ from the usual: by their last name where all of that name agree, else in full."""
+    made = {}
+    for name, value in values.items():
+        leaf = name.split(".")[-1]
+        same = all(other == value for layer, other in values.items() if layer.split(".")[-1] == leaf)
+        if value != usual:
+            made[leaf if same else name] = value
+    return made
+
+
+def _targets(layers: Iterable[str], linear: Iterable[str]) -> list[str]:
+    chosen = set(layers)
+    leaves = {name.split(".")[-1] for name in chosen}
+    return sorted(leaves if {name for name in linear if name.split(".")[-1] in leaves} == chosen else chosen)
+
+
+def readme(name: str, base: Path | None, about: str, not_in_peft: str | None = None) -> str:
+    """README.md of an adapter folder: how glmtune, plain PEFT and the published code open it. name: of the base, as the user calls it;
+    base: its folder, None where it is not known here. not_in_peft: why plain PEFT would not compute the same."""
+    family = None if base is None else families.family_of(base)
+    ours = family is not None and family.config.get("model_type") in families.OURS
+    native = family is not None and family.native
+    made = f"Plain PEFT, on the base in the layout that transformers opens (made once):\n\n```sh\nglmtune export {name} --to NATIVE\n```\n\n"
+    peft = (
+        ("" if native else made)
+        + "```python\n"
+        + ("import glmtune  # the model class is glmtune's\n" if ours else "")
+        + "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        + f'base = AutoModelForCausalLM.from_pretrained("{name if native else "NATIVE"}")\n'
+        + 'model = PeftModel.from_pretrained(base, "THIS_FOLDER")\n```\n\n'
+    )
+    back = (
+        "The code that was published with the model reads it after\n\n"
+        f"```sh\nglmtune export {name} --adapter THIS_FOLDER --layout published --to PUBLISHED\n```\n\n"
+    )
+    return (
+        f"---\nbase_model: {name}\nlibrary_name: peft\n---\n\n{about} (glmtune {__version__}). The licence of the base model applies.\n\n"
+        f"```sh\nglmtune chat {name} --adapter THIS_FOLDER\n```\n\n"
+        + (peft if not_in_peft is None else f"Not with plain PEFT: {not_in_peft}.\n\n")
+        + ("" if native else back)
+        + "The chat format that was trained is `chat_template.jinja`, where there is one.\n"
+    )

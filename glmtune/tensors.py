@@ -1,0 +1,72 @@
+"""Tensors on the disk: safetensors that are fsynced, read back and compared before they count."""
+
+import contextlib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .errors import UserError
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Safetensors, fsynced. The bytes depend on the tensors only."""
+    save_file({name: tensors[name].contiguous() for name in sorted(tensors)}, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors makes files that only their owner may read
+    _sync(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """So that a rename inside it survives a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def compare(tensors: dict[str, Tensor], path: Path) -> None:
+    """Reads a file back: every tensor must be there, bit for bit."""
+    with safe_open(path, "pt") as file:
+        there = set(file.keys())
+        wrong = [n for n in tensors if n not in there or not torch.equal(file.get_tensor(n), tensors[n])]
+    if wrong:
+        raise OSError(f"{path} was written but does not read back: {wrong[:3]} differ; the disk may be full or failing")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file. Raises UserError when it is cut short or not one."""
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors raises its own bare error type
+        raise UserError(f"{path}: not a whole safetensors file ({error}); it may have been cut short, copy it again") from None
+
+
+def save_full(model: Any, folder: Path, shard: str = "4GB") -> None:
+    """A model as an ordinary Hugging Face folder in shards of at most `shard`, read back and compared."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar comes all the same
+        model.save_pretrained(folder, max_shard_size=shard)
+    state = model.state_dict()
+    for path in sorted(folder.glob("*.safetensors")):
+        _sync(path)
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+        compare({name: state[name].cpu() for name in names}, path)

@@ -1,0 +1,463 @@
+"""Run files of the older tools: what they say is said again, and what has no counterpart is named with its reason."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from glmtune import oldruns, options, sources
+from glmtune.errors import UserError
+from glmtune.oldruns import DEFAULTS, EFFICIENT, LLAMA_FACTORY, NO_COUNTERPART, NOT_NEEDED
+from glmtune.run import Run
+
+LF: dict[str, Any] = {
+    "model_name_or_path": "Qwen/Qwen2.5-0.5B-Instruct", "stage": "sft", "do_train": True, "finetuning_type": "lora", "dataset": "ours",
+    "template": "qwen", "output_dir": "saves/lora",
+}  # fmt: skip
+C = "python src/train_bash.py --stage sft --do_train --dataset ours --output_dir out "
+E = "python train_lora.py --train_args_file args.json --data_path train.jsonl "
+A = "python main.py --DATA_PATH train.json "
+D = "python {} --tokenized_dataset rows --output_dir out "
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An old working folder: a registry with one data set, rows, and chatglm_tuning's argument file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    rows = [{"q": "Where is Paris?", "a": "In France."}]
+    (tmp_path / "data/ours.json").write_text(json.dumps(rows))
+    info = {"ours": {"file_name": "ours.json", "columns": {"prompt": "q", "response": "a"}}, "code": {"script_url": "x"}}
+    (tmp_path / "data/dataset_info.json").write_text(json.dumps(info))
+    (tmp_path / "args.json").write_text(json.dumps({"output_dir": "out", "learning_rate": 1e-3, "max_steps": 30}))
+    return tmp_path
+
+
+def convert(old: dict[str, Any] | str) -> tuple[Run, str]:
+    """The run that comes of an old YAML (a tree) or of a shell command, and the text of its file."""
+    path = Path("old.sh" if isinstance(old, str) else "old.yaml")
+    path.write_text(old if isinstance(old, str) else yaml.safe_dump(old))
+    Path("new.yaml").unlink(missing_ok=True)
+    return oldruns.convert(path, "new.yaml"), Path("new.yaml").read_text(encoding="utf-8")
+
+
+def lf(**changes: Any) -> tuple[Run, str]:
+    return convert({**LF, **changes})
+
+
+# --- the whole ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_whole_llama_factory_file():
+    run, _ = lf(
+        lora_rank=16, lora_alpha=64, lora_dropout=0.05, lora_target="q_proj,v_proj", additional_target="embed_tokens,lm_head",
+        use_dora=True, use_rslora=True, loraplus_lr_ratio=16.0, quantization_bit=4, cutoff_len=512, max_samples=100,
+        per_device_train_batch_size=2, gradient_accumulation_steps=8, learning_rate="1e-4", num_train_epochs=2.0,
+        lr_scheduler_type="cosine", warmup_ratio=0.1, weight_decay=0.01, max_grad_norm=0.5, optim="adamw_8bit", neftune_noise_alpha=5,
+        bf16=True, val_size=0.1, eval_strategy="steps", eval_steps=50, save_steps=200, save_total_limit=3, seed=7,
+        report_to="wandb", default_system="Be brief.", gradient_checkpointing=True,
+    )  # fmt: skip
+    kept = options.changed(options.plain(run), options.plain(Run.model_construct(model="", data=[], out="")))
+    assert kept == {
+        "model": "Qwen/Qwen2.5-0.5B-Instruct",
+        "data": [{"path": "ours", "weight": 1.0, "max_samples": 100}],
+        "out": "saves/lora",
+        "registry": "data/dataset_info.json",
+        "eval": {"share": 0.1, "every_steps": 50},
+        "method": {
+            "rank": 16, "alpha": 64.0, "dropout": 0.05, "targets": ["q_proj", "v_proj"], "dora": True, "rslora": True, "lr_ratio": 16.0,
+            "modules_to_save": ["embed_tokens", "lm_head"],
+        },
+        "quant": "nf4", "neftune": 5.0,
+        "optim": {"kind": "adamw8bit", "lr": 1e-4, "epochs": 2.0, "batch_size": 16, "micro_tokens": None, "schedule": "cosine", "steps": None,
+                  "warmup": 0.1, "weight_decay": 0.01, "clip": 0.5},
+        "max_length": 512, "system": "Be brief.", "precision": "bf16", "checkpointing": True,
+        "save": {"every_steps": 200, "keep": 3}, "seed": 7, "report_to": ["wandb"],
+    }  # fmt: skip
+
+
+def test_every_value_says_where_it_comes_from():
+    _, text = lf(lora_rank=4, quantization_bit=8, val_size=20)
+    values = [line for line in text.splitlines() if re.match(r" *\w+: \S", line)]
+    assert len(values) > 20
+    assert not [line for line in values if "  # " not in line]
+
+
+ALL = [name for table in (NOT_NEEDED, NO_COUNTERPART) for names in table for name in names.split()]
+
+
+@pytest.mark.parametrize("tool", [LLAMA_FACTORY, EFFICIENT])
+def test_no_argument_is_lost(tool):
+    """Every argument stands in the new file: behind an option, or in a remark that gives a reason."""
+    old = {**LF, "brand_new_option": 3, "freeze_trainable_layers": 4, **{name: "x3" for name in ALL if name not in LF}}
+    if tool == EFFICIENT:
+        old = {**old, "pre_seq_len": 8, "finetuning_type": "p_tuning", "template": None}
+        del old["template"]
+    old["do_train"] = True
+    old |= {
+        "logging_steps": 10, "quantization_type": "fp4", "eval_steps": 5, "warmup_ratio": 0.1, "warmup_steps": 9, "num_train_epochs": 2,
+        "max_steps": 7, "packing": True, "adafactor": False, "optim": "adamw_torch", "load_best_model_at_end": True, "data_seed": 3, "fp16": True,
+        "save_strategy": "epoch", "save_steps": 5, "gradient_checkpointing": False, "disable_gradient_checkpointing": True, "lora_rank": 4,
+        "use_swanlab": False, "create_new_adapter": True, "mask_history": False, "bf16": True, "mix_strategy": "concat", "interleave_probs": "1",
+        "model_revision": "main", "neat_packing": True, "train_on_prompt": False, "default_system": None, "use_dora": False, "max_grad_norm": 0,
+    }  # fmt: skip
+    said: list[str] = []
+    Path("old.yaml").write_text(yaml.safe_dump(old))
+    oldruns.convert("old.yaml", "new.yaml", said.append)
+    text = Path("new.yaml").read_text(encoding="utf-8")
+    assert tool in said[0]
+    assert not [name for name in old if not re.search(rf"\b{name}\b", text)]
+    remarks = [line[2:] for line in text.splitlines() if line.startswith("# ")][1:]
+    assert remarks == said[1:]
+    assert all(re.match(r"(changed|not needed|no counterpart|not imported|guessed): .+: ?.+", line) for line in remarks)
+    unknown = next(line for line in remarks if "brand_new_option" in line)
+    assert unknown.startswith("no counterpart: brand_new_option (3): this name is not known here")
+
+
+def test_a_token_is_not_copied():
+    _, text = lf(hf_hub_token="hf_abc", swanlab_api_key="s3cret")
+    assert "hf_hub_token" in text and "swanlab_api_key" in text
+    assert "hf_abc" not in text and "s3cret" not in text
+
+
+def test_what_comes_out_is_never_written_over():
+    lf()
+    with pytest.raises(UserError, match=r"new\.yaml exists already"):
+        oldruns.convert("old.yaml", "new.yaml")
+
+
+# --- defaults of each tool ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "old, alpha, dropout, model",
+    [
+        (dict(LF, lora_rank=6), 12, 0.0, "Qwen/Qwen2.5-0.5B-Instruct"),
+        (C, 32, 0.1, "THUDM/chatglm-6b"),
+        (E, 32, 0.05, "THUDM/chatglm-6b"),
+        (A, 16, 0.05, "THUDM/chatglm2-6b"),
+        (D.format("chatglm2_lora_tuning.py"), 32, 0.1, "THUDM/chatglm2-6b"),
+        (D.format("qwen1.5_lora_tuning.py"), 16, 0.1, "Qwen/Qwen1.5-4B-Chat"),
+        (D.format("baichuan2_lora_tuning.py --model_version base-7b"), 32, 0.1, "baichuan-inc/Baichuan2-7B-Base"),
+    ],
+)
+def test_absent_options_take_the_old_tools_defaults(old, alpha, dropout, model):
+    run, _ = convert(old)
+    assert (run.method.alpha, run.method.dropout, run.model) == (alpha, dropout, model)
+    assert run.optim.weight_decay == 0 and run.optim.clip == 1
+
+
+def test_the_trainers_defaults_are_not_ours():
+    optim = lf()[0].optim
+    assert (optim.lr, optim.epochs, optim.batch_size, optim.schedule, optim.warmup) == (5e-5, 3, 8, "linear", 0)
+
+
+def test_what_llm_tuning_writes_into_its_scripts():
+    run, _ = convert(D.format("baichuan_lora_tuning.py"))
+    assert run.method.targets == ["W_pack"] and run.stage.learn == "everything"
+    run, _ = convert(D.format("baichuan2_lora_tuning.py") + "--no_prompt_loss 1")
+    assert run.stage.learn == "all"
+    run, _ = convert(D.format("chatglm_lora_tuning.py"))
+    assert run.method.targets == ["query_key_value"] and run.stage.learn == "all"
+
+
+def test_llm_tunings_rows_come_from_its_first_step():
+    first = "python tokenize_dataset_rows.py --input_file ours.json --prompt_key q --target_key a --save_name rows --max_seq_length 300\n"
+    run, _ = convert(first + D.format("chatglm_lora_tuning.py"))
+    assert (run.data[0].path, run.data[0].columns, run.max_length) == ("data/ours.json", {"prompt": "q", "response": "a"}, 300)
+    assert run.too_long == "error"
+    run, text = convert(first.strip() + " --skip_overlength False --model_checkpoint m\n" + D.format("chatglm_lora_tuning.py"))
+    assert run.too_long == "skip" and "model_checkpoint: the model is that of the training script" in text
+    run, text = convert(
+        D.format("internlm_lora_tuning.py") + "--train_size 500 --eval_size 100 --evaluation_strategy steps --eval_steps 25"
+    )
+    assert (run.data[0].max_samples, run.eval.share, run.eval.every_steps) == (600, 100, 25)
+    assert "'rows' is a folder of tokens" in text
+
+
+# --- values that change their meaning -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command, rows",
+    [
+        (C + "--per_device_train_batch_size 4 --gradient_accumulation_steps 3", 12),
+        ("CUDA_VISIBLE_DEVICES=0,1 " + C + "--per_device_train_batch_size 4 --gradient_accumulation_steps 3", 24),
+        (C.replace("python", "torchrun --nproc_per_node=4") + "--per_device_train_batch_size 2", 8),
+        (C.replace("python", "torchrun --nnodes 2 --nproc-per-node 4") + "--per_device_train_batch_size 2", 16),
+        (C.replace("python", "accelerate launch --num_processes 3") + "--per_device_train_batch_size 2", 6),
+        ("export CUDA_VISIBLE_DEVICES=0,1,2\nB=5\n" + E + "--per_device_train_batch_size ${B}", 15),
+        (A + "--MICRO_BATCH_SIZE 4 --BATCH_SIZE 16", 16),
+        (A + "--MICRO_BATCH_SIZE 4 --BATCH_SIZE 10", 8),
+        ("CUDA_VISIBLE_DEVICES=0,1 " + D.format("llama2_lora_tuning.py") + "--per_device_train_batch_size 4", 4),
+    ],
+)
+def test_batch_size_is_rows_times_pieces_times_processes(command, rows):
+    assert convert(command)[0].optim.batch_size == rows
+
+
+def test_an_unknown_number_of_cards_is_said():
+    assert "does not say on how many cards" in convert(C)[1]
+    assert "does not say on how many cards" not in convert("CUDA_VISIBLE_DEVICES=1 " + C)[1]
+
+
+@pytest.mark.parametrize(
+    "given, schedule, warmup",
+    [
+        ({"lr_scheduler_type": "cosine", "warmup_ratio": 0.03}, "cosine", 0.03),
+        ({"lr_scheduler_type": "cosine", "warmup_ratio": 0.03, "warmup_steps": 50}, "cosine", 50),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 50}, "constant", 0),
+        ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 50}, "constant", 50),
+        ({"lr_scheduler_type": "cosine_with_restarts"}, "cosine", 0),
+        ({"lr_scheduler_type": "polynomial"}, "linear", 0),
+    ],
+)
+def test_schedules(given, schedule, warmup):
+    run, text = lf(**given)
+    assert (run.optim.schedule, run.optim.warmup) == (schedule, warmup)
+    name = given["lr_scheduler_type"]
+    assert (f"changed: lr_scheduler_type {name}" in text) == (name not in ("cosine", "constant", "constant_with_warmup"))
+
+
+def test_lengths_become_one_limit():
+    assert convert(C)[0].max_length == 1024
+    assert convert(E + "--max_input_length 128 --max_output_length 256")[0].max_length == 384
+    assert convert(A + "--CONTEXT_LEN 64 --TARGET_LEN 192")[0].max_length == 256
+    assert lf()[0].max_length == 2048
+
+
+def test_steps_come_before_epochs():
+    run, _ = lf(max_steps=40, num_train_epochs=9)
+    assert run.optim.steps == 40 and run.optim.epochs == 3
+
+
+@pytest.mark.parametrize("size, share", [(0.2, 0.2), (200, 200), ("0.05", 0.05)])
+def test_dev_rows(size, share):
+    assert lf(val_size=size)[0].eval.share == share
+    assert convert(C + f"--dev_ratio {size}")[0].eval.share == share
+
+
+def test_what_is_learned():
+    assert lf()[0].stage.learn == "all"
+    assert lf(mask_history=True)[0].stage.learn == "last"
+    assert lf(train_on_prompt=True)[0].stage.learn == "everything"
+    assert convert(C)[0].stage.learn == "last"
+
+
+@pytest.mark.parametrize(
+    "name, ours", [("qwen3_nothink", "auto"), ("llama3", "auto"), ("chatglm3", "chatglm3"), ("intern2", "internlm2")]
+)
+def test_template_names(name, ours):
+    assert lf(template=name)[0].template == ours
+
+
+def test_templates_in_words():
+    template: Any = lf(template="fewshot")[0].template
+    assert template.user == "{content}" and template.assistant == "{content}{stop}\n\n"
+    template = convert(A)[0].template
+    assert template.user == template.system == "{content}"
+    assert convert(A + "--DATA_TYPE txt")[0].stage.kind == "pretrain"
+
+
+@pytest.mark.parametrize("stage, kind", [("pt", "pretrain"), ("rm", "reward"), ("dpo", "dpo"), ("kto", "kto"), ("ppo", "ppo")])
+def test_stages(stage, kind):
+    assert lf(stage=stage)[0].stage.kind == kind
+
+
+# --- methods --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model, target, share_a", [
+    ("THUDM/chatglm3-6b", "query_key_value", True),
+    ("THUDM/chatglm3-6b", "dense_h_to_4h", False),
+    ("THUDM/chatglm3-6b", "all", True),
+    ("THUDM/glm-4-9b-chat-hf", "all", False),
+    ("baichuan-inc/Baichuan2-7B-Chat", "W_pack", True),
+    ("Qwen/Qwen2.5-0.5B-Instruct", "all", False),
+    ("Qwen/Qwen2.5-0.5B-Instruct", "q_proj,v_proj", False),
+])  # fmt: skip
+def test_a_fused_layer_keeps_its_one_a(model, target, share_a):
+    run, _ = lf(model_name_or_path=model, lora_target=target)
+    assert run.method.share_a == share_a
+    assert run.method.targets == (None if target == "all" else target.split(","))
+
+
+def test_lora_outside_of_the_blocks_is_named():
+    run, text = lf(lora_target="q_proj,lm_head")
+    assert run.method.targets == ["q_proj"]
+    assert "lora_target lm_head: LoRA sits on the linear layers of the blocks" in text
+
+
+@pytest.mark.parametrize("given, start, under", [
+    ({"adapter_name_or_path": "a"}, "a", []),
+    ({"adapter_name_or_path": "a,b"}, "b", ["a"]),
+    ({"adapter_name_or_path": "a,b", "create_new_adapter": True}, None, ["a", "b"]),
+])  # fmt: skip
+def test_earlier_adapters(given, start, under):
+    run, text = lf(**given)
+    assert (run.method.start, run.method.under) == (start, under)
+    assert "imported first: glmtune import" in text
+
+
+def test_earlier_adapters_of_the_other_tools():
+    run, _ = convert(C + "--checkpoint_dir a,b --resume_lora_training False")
+    assert (run.method.start, run.method.under) == (None, ["a", "b"])
+    assert convert(C + "--checkpoint_dir a")[0].method.start == "a"
+    assert convert(D.format("internlm_lora_tuning.py") + "--previous_lora_weights a")[0].method.start == "a"
+    assert convert(E + "--resume_from_checkpoint a")[0].method.start == "a"
+
+
+def test_prefixes():
+    run, _ = convert(C + "--finetuning_type p_tuning --prefix_projection --quantization_bit 8")
+    method = run.method
+    assert (method.kind, method.num_virtual_tokens, method.projection, method.dropout, run.quant) == (
+        "prefix",
+        64,
+        True,
+        0.1,
+        "chatglm-int8",
+    )
+    run, _ = convert(E.replace("train_lora", "train_ptuning") + "--pre_seq_len 128 --quantization_bit 4 --ptuning_checkpoint p")
+    assert (run.method.num_virtual_tokens, run.quant, run.method.start, run.optim.steps) == (128, "chatglm-int4", "p", 30)
+    assert convert(E.replace("train_lora", "train_ptuning"))[0].method.kind == "full"
+
+
+def test_freezing():
+    run, text = convert(C + "--finetuning_type freeze --num_layer_trainable -2 --name_module_trainable qkv")
+    assert (run.method.first, run.method.last, run.method.modules) == (2, None, "attention")
+    assert "'7.mlp' also trained layers 17 and 27" in text
+    method = lf(finetuning_type="freeze", freeze_extra_modules="embed_tokens,norm")[0].method
+    assert (method.last, method.modules, method.others) == (2, "all", ["embed_tokens", "norm"])
+    assert convert(C + "--finetuning_type freeze")[0].method.modules == "mlp"
+
+
+@pytest.mark.parametrize("old, quant", [
+    (dict(LF, quantization_bit=8), "int8"), (dict(LF, quantization_bit=4, quantization_method="bnb"), "nf4"),
+    (dict(LF, quantization_bit=4, quantization_method="hqq"), None), (dict(LF, quantization_bit=4, finetuning_type="full"), None),
+    (A + "--BIT_4", "nf4"), (A + "--BIT_8", "int8"), (E + "--int8", "int8"), (C + "--quantization_bit 4", "nf4"),
+])  # fmt: skip
+def test_quantised_bases(old, quant):
+    run, text = convert(old)
+    assert run.quant == quant
+    assert quant or "changed: quant: left out" in text
+
+
+@pytest.mark.parametrize(
+    "name, kind", [("adamw_torch", "adamw"), ("paged_adamw_8bit", "adamw8bit"), ("adafactor", "adafactor"), ("lion", "adamw")]
+)
+def test_optimizers(name, kind):
+    run, text = lf(optim=name)
+    assert run.optim.kind == kind
+    assert (f"optim {name}: not there" in text) == (name == "lion")
+
+
+# --- data -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_data_set_is_found_through_the_old_registry(here):
+    run, _ = lf()
+    found = sources.find(run.data, run.registry)
+    assert [path.name for path, _ in found[0].files] == ["ours.json"] and found[0].columns == {"prompt": "q", "response": "a"}
+    (here / "examples").mkdir()
+    (here / "examples/old.sh").write_text(C.replace("src", "../src") + "--dataset_dir ../data")
+    run = oldruns.convert("examples/old.sh", "from_examples.yaml")
+    assert sources.find(run.data, run.registry)[0].columns
+
+
+def test_names_that_lead_nowhere_are_said():
+    _, text = lf(dataset="ours,code,nothing")
+    assert "'code' cannot be used: it is a loading script" in text
+    assert "no data set is called 'nothing'" in text
+    _, text = lf(dataset="alpaca_zh", dataset_dir="elsewhere")
+    assert "there is no elsewhere/dataset_info.json" in text
+    assert "'alpaca_zh' is taken to be glmtune's data set of that name" in text
+
+
+def test_mixing_keeps_the_shares():
+    run, text = lf(dataset="ours,code", mix_strategy="interleave_over", interleave_probs="0.7,0.3")
+    assert [one.share for one in run.data] == [None, 0.3] and "mix_strategy interleave_over" in text
+
+
+def test_instruction_and_input_stand_as_there():
+    assert convert(C)[0].join == "" and lf()[0].join is None and convert(E)[0].join is None
+
+
+# --- other ways to say it -------------------------------------------------------------------------------------------------
+
+
+def test_chatglm_tunings_file_alone_is_a_guess_that_is_said():
+    Path("p_tuning.json").write_text(json.dumps({"output_dir": "o", "learning_rate": 2e-2, "per_device_train_batch_size": 4}))
+    run = oldruns.convert("p_tuning.json", "new.yaml")
+    assert (run.method.kind, run.method.num_virtual_tokens, run.optim.lr) == ("prefix", 128, 2e-2)
+    text = Path("new.yaml").read_text(encoding="utf-8")
+    assert "guessed: model, data and method" in text and "put your file in place of train.jsonl" in text
+    assert oldruns.convert("args.json", "lora.yaml").method.kind == "lora"
+
+
+def test_llama_factorys_command_with_a_file_and_changes():
+    Path("lf.yaml").write_text(yaml.safe_dump(LF))
+    run, _ = convert("FORCE_TORCHRUN=1 NPROC_PER_NODE=2 llamafactory-cli train lf.yaml learning_rate=3e-4 lora_rank=2")
+    assert (run.optim.lr, run.method.rank, run.optim.batch_size) == (3e-4, 2, 16)
+
+
+def test_json_text_and_yaml_say_the_same():
+    plain, _ = lf(lora_rank=4, bf16=True)
+    Path("old.json").write_text(json.dumps({**LF, "lora_rank": 4, "bf16": True}))
+    flags = " ".join(f"--{key} {value}" for key, value in {**LF, "lora_rank": 4}.items()) + " --bf16"
+    Path("old.txt").write_text(flags)
+    assert oldruns.convert("old.json", "b.yaml") == oldruns.convert("old.txt", "c.yaml") == plain
+
+
+def test_several_commands_in_one_file():
+    text = f"# a comment with a ' in it\nset -x\n{C} --lora_rank 3\n{C} --lora_rank 4\n{C.replace('--do_train', '--do_predict')}\npython src/cli_demo.py --x y\n"
+    run, written = convert(text)
+    assert run.method.rank == 3
+    assert (
+        "1 more trainings in this file" in written
+        and "glmtune predict" in written
+        and "cli_demo.py: here that is `glmtune chat`" in written
+    )
+
+
+@pytest.mark.parametrize(
+    "old, said",
+    [
+        ({k: v for k, v in LF.items() if k != "do_train"} | {"do_predict": True}, "glmtune predict MODEL DATA"),
+        ({"model_name_or_path": "m", "adapter_name_or_path": "a", "export_dir": "x"}, "glmtune export m --adapter a --to x"),
+        ({"model_name_or_path": "m", "template": "qwen", "infer_backend": "vllm"}, "glmtune chat"),
+        (dict(LF, finetuning_type="oft"), "'oft' has no counterpart"),
+        (dict(LF, stage="grpo"), "stage 'grpo' is not known"),
+        (dict(LF, lora_rank="many"), "lora_rank: wanted a number, got 'many'"),
+        (dict(LF, bf16="perhaps"), "bf16: wanted true or false, got 'perhaps'"),
+        (dict(LF, lora_rank=0), "method.rank"),
+        ({"model": "m", "data": "d", "out": "o"}, "a run file of glmtune already"),
+        ({"colour": "red"}, "not a run file of a tool that is known here"),
+        ("python src/cli_demo.py --model_name_or_path m", "no command that starts a training"),
+        (C + "--lora_rank $R", "lora_rank is $R, and $R is set nowhere"),
+        (C + "--lora_rank '8", "cannot be read as a command line"),
+        ("python train_lora.py --data_path x", "needs --train_args_file"),
+    ],
+)
+def test_what_is_no_training_is_refused_with_the_way_out(old, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        convert(old)
+    assert not Path("new.yaml").exists()
+
+
+def test_which_files_are_run_files():
+    for name in ("a.yaml", "b.json", "c.sh", "adapter_config.json", "pytorch_model.bin"):
+        Path(name).write_text("{}")
+    Path("folder.yaml").mkdir()
+    found = [
+        name
+        for name in ("a.yaml", "b.json", "c.sh", "adapter_config.json", "pytorch_model.bin", "folder.yaml", "none.yaml")
+        if oldruns.is_run_file(name)
+    ]
+    assert found == ["a.yaml", "b.json", "c.sh"]
+
+
+def test_defaults_are_known_for_every_tool():
+    assert set(DEFAULTS) == set(oldruns.ALIASES)

@@ -1,0 +1,323 @@
+"""LoRA's variants, freeze and continued adapters: equal to PEFT's, exactly the named parameters learn, what is saved comes back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from glmtune import families, methods, plan
+from glmtune.errors import UserError
+from glmtune.run import Freeze, Full, Lora, load_run
+from glmtune.training import train
+
+from . import tiny
+
+IDS = torch.tensor([[11, 45, 200, 30, 31, 32, 99, 7]])
+
+
+def prepared(folder: Path, compute: torch.dtype = torch.float32) -> Any:
+    model = families.load_model(folder, dtype=compute)
+    methods.prepare(model, compute)
+    return model
+
+
+def moved(folder: Path, seed: int = 1, **options: Any) -> Any:
+    """A model with an adapter whose every trainable tensor was pushed somewhere."""
+    model = prepared(folder)
+    methods.attach(model, Lora(**options), seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in methods.trainable(model).values():
+            parameter += torch.randn(parameter.shape, generator=generator) * 0.1
+    return model
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(IDS).logits
+
+
+def plain_peft(base: Path, folder: Path) -> torch.Tensor:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    return logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder).eval())
+
+
+VARIANTS = {
+    "dora": {"dora": True},
+    "rslora": {"rslora": True, "rank": 4},
+    "pissa": {"pissa": True, "rank": 4},
+    "share_a": {"share_a": True},
+    "patterns": {"ranks": {"q_proj": 2, r".*layers\.1\.mlp\..*": 5}, "alphas": {"down_proj": 3.5}},
+    "modules": {"modules_to_save": ["norm", "lm_head", "embed_tokens"], "targets": ["q_proj"]},
+    "layer norms": {"modules_to_save": ["1.input_layernorm"], "targets": ["q_proj"]},
+    "dora, patterns, share_a": {"dora": True, "ranks": {"down_proj": 2}, "share_a": True},
+    "rslora, patterns": {"rslora": True, "ranks": {"v_proj": 2}, "alphas": {"v_proj": 3}},
+    "a pattern of names": {"targets": r".*\.(q|k)_proj"},
+    "all": {"targets": "all-linear"},
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_plain_peft_loading_and_merging_give_the_same_function(variant: str, tied: bool, tmp_path: Path) -> None:
+    base = tiny.llama(tmp_path / "base", tie_word_embeddings=tied)
+    options = VARIANTS[variant]
+    model = moved(base, **options)
+    ours = logits(model)
+    methods.save_adapter(model, tmp_path / "adapter", Lora(**options), str(base))
+    assert (ours - logits(prepared(base))).abs().max() > 0.01
+    assert (plain_peft(base, tmp_path / "adapter") - ours).abs().max() <= 2e-5
+    again = prepared(base)
+    untouched = logits(again)
+    assert (logits(methods.load(again, tmp_path / "adapter")) - ours).abs().max() <= (2e-5 if options.get("pissa") else 0)
+    with methods.disabled(again):
+        assert torch.equal(logits(again), untouched)
+    methods.unload(again)
+    assert torch.equal(logits(again), untouched)
+    methods.merge(model)
+    assert (logits(model) - ours).abs().max() <= 2e-5
+    assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if "modules" not in name])
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_nothing_changes_before_the_first_step(tiny_model: Path, variant: str, compute: torch.dtype) -> None:
+    model = prepared(tiny_model, compute)
+    before = logits(model)
+    methods.attach(model, Lora(**VARIANTS[variant]), seed=0)
+    assert (logits(model) - before).abs().max() <= (2e-6 if "pissa" in variant or "dora" in variant else 0)
+
+
+def test_dora_equals_peft_with_its_gradients(tiny_model: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = moved(tiny_model, dora=True)
+    methods.save_adapter(model, tmp_path, Lora(dora=True), str(tiny_model))
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    for one in (model, theirs):
+        one(IDS).logits.square().mean().backward()
+    wanted = {
+        n.replace(".default", "").replace("_vector.weight", ""): p.grad for n, p in theirs.named_parameters() if p.requires_grad
+    }
+    for name, parameter in methods.trainable(model).items():
+        other = wanted[methods.PREFIX + (name if name.endswith("magnitude") else name + ".weight")]
+        torch.testing.assert_close(parameter.grad, other, rtol=2e-4, atol=1e-6)
+
+
+def test_pissa_starts_from_the_largest_singular_directions(tiny_model: Path) -> None:
+    model = prepared(tiny_model)
+    layer = methods.blocks(model)["model.layers.0.self_attn.q_proj"]
+    weight = layer.weight.detach().clone()
+    methods.attach(model, Lora(pissa=True, rank=4, alpha=12), seed=0)
+    U, S, Vh = torch.linalg.svd(weight)
+    torch.testing.assert_close(3 * layer.lora_B @ layer.lora_A, (U[:, :4] * S[:4]) @ Vh[:4])
+    large = torch.randn(2100, 2100, generator=torch.Generator().manual_seed(0)) * torch.linspace(3, 0.01, 2100) ** 8
+    A, B = methods.principal(large, 8, 2.0, seed=3)
+    assert torch.equal(A, methods.principal(large, 8, 2.0, seed=3)[0])
+    exact = torch.linalg.svdvals(large)[:8]
+    torch.testing.assert_close(torch.linalg.svdvals(2 * B @ A)[:8], exact, rtol=2e-2, atol=0)
+
+
+def test_adapters_beneath_are_part_of_the_result(tiny_model: Path, tmp_path: Path) -> None:
+    methods.save_adapter(moved(tiny_model, seed=1, rank=2), tmp_path / "a", Lora(rank=2), str(tiny_model))
+    options = {"rank": 3, "targets": ["v_proj"], "under": [str(tmp_path / "a")]}
+    fresh = prepared(tiny_model)
+    methods.attach(fresh, Lora(**options), seed=0)
+    torch.testing.assert_close(logits(fresh), logits(methods.load(prepared(tiny_model), tmp_path / "a")))
+    assert {name.split(".")[-2] for name in methods.trainable(fresh)} == {"v_proj"}
+    model = moved(tiny_model, seed=2, **options)
+    methods.save_adapter(model, tmp_path / "b", Lora(**options), str(tiny_model))
+    for other in (logits(methods.load(prepared(tiny_model), tmp_path / "b")), plain_peft(tiny_model, tmp_path / "b")):
+        torch.testing.assert_close(other, logits(model))
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"last": 1}, {11}),
+        ({"first": 2}, {0, 1}),
+        ({"layers": [1]}, {1}),
+        ({"layers": [-1, 0]}, {0, 11}),
+        ({}, {9, 10, 11}),
+        ({"last": 1, "modules": "mlp"}, {11}),
+        ({"first": 1, "modules": "attention"}, {0}),
+    ],
+)
+def test_freeze_trains_exactly_these_blocks(tmp_path: Path, options: dict, wanted: set) -> None:
+    """Twelve blocks: number 1 must not take 10 and 11 with it."""
+    model = prepared(tiny.llama(tmp_path / "deep", num_hidden_layers=12), torch.bfloat16)
+    methods.attach(model, Freeze(**options), seed=0)
+    names = set(methods.trainable(model))
+    assert {int(name.split(".")[2]) for name in names} == wanted
+    part = {"mlp": "mlp", "attention": "self_attn"}.get(options.get("modules", ""), "")
+    assert names == {n for n, _ in model.named_parameters() if any(f"layers.{i}.{part}" in n for i in wanted)}
+    assert all(p.dtype == torch.float32 for p in methods.trainable(model).values())
+    model(IDS).logits.sum().backward()
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == names
+
+
+def test_freeze_takes_modules_outside_the_blocks(tiny_model: Path) -> None:
+    model = prepared(tiny_model)
+    methods.attach(model, Freeze(layers=[], others=["norm", "lm_head"]), seed=0)
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    assert set(methods.trainable(model)) == {"model.norm.weight", "model.embed_tokens.weight" if tied else "lm_head.weight"}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (Freeze(last=3), "method.last=3, but this model has 2 blocks"),
+        (Freeze(layers=[2]), "block 2; this model has 2 blocks, 0 to 1"),
+        (Freeze(layers=[0], others=["nrom"]), "did you mean 'norm'"),
+        (Freeze(layers=[]), "told to train no block"),
+        (Lora(modules_to_save=["lm_haed"]), "did you mean 'lm_head'"),
+        (Lora(ranks={"q_porj": 2}), "did you mean 'q_proj'"),
+        (Lora(under=["nowhere"]), "no such folder"),
+    ],
+)
+def test_what_a_model_does_not_have_is_told(tiny_model: Path, options: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        methods.attach(prepared(tiny_model), options, seed=0)
+
+
+# --- whole runs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", tiny.rows(8))
+
+
+RUNS = {
+    "dora": ["method.dora=true"],
+    "pissa": ["method.pissa=true", "method.rank=4"],
+    "lora+": ["method.lr_ratio=16", "optim.weight_decay=0.1"],
+    "modules": ["method.modules_to_save=[lm_head,norm]", "method.rank=2"],
+    "patterns": ["method.ranks={q_proj: 2}", "method.alphas={v_proj: 4}"],
+    "neftune, dropout": ["neftune=5", "method.dropout=0.2"],
+    "checkpointing": ["checkpointing=true"],
+    "freeze": ["method=freeze", "method.last=1"],
+    "freeze bf16": ["method=freeze", "method.last=1", "precision=bf16"],
+    "adafactor": ["optim=adafactor"],
+    "8 bits": ["optim=adamw8bit", "method.rank=64"],
+    "fp16": ["precision=fp16"],
+    "bf16": ["precision=bf16"],
+    "full fp16": ["method=full", "precision=fp16"],
+    "prefix": ["method=prefix", "method.num_virtual_tokens=4"],
+    "prefix, projection": ["method=prefix", "method.num_virtual_tokens=4", "method.projection=true", "method.dropout=0.1"],
+}
+
+
+def started(model: Path, data: Path, out: Path, options: list[str]) -> Any:
+    given = [
+        f"model={model}",
+        f"data={data}",
+        f"out={out}",
+        "samples=[]",
+        "optim.batch_size=8",
+        "optim.steps=4",
+        "save.every_steps=2",
+    ]
+    given += ["optim.warmup=0", "optim.lr=1e-3"]
+    return load_run(None, [*given, *options])
+
+
+def tensors_of(out: Path) -> dict[str, torch.Tensor]:
+    return {
+        k: v
+        for path in sorted(out.rglob("adapter/*.safetensors")) + sorted(out.rglob("model/*.safetensors"))
+        for k, v in load_file(path).items()
+    }
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_resumed_run_is_the_straight_run_and_is_counted_right(
+    name: str, tiny_model: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    if name == "8 bits":
+        pytest.importorskip("bitsandbytes")
+    run = started(tiny_model, rows_file, tmp_path / "straight", RUNS[name])
+    train(run)
+    log = [json.loads(line) for line in (tmp_path / "straight/log.jsonl").read_text().splitlines()]
+    assert log[-1]["loss"] < log[0]["loss"]
+    broken = run.model_copy(update={"out": str(tmp_path / "broken")})
+    train(broken)
+    for path in ("finished.json", "checkpoints/step-4"):
+        target = tmp_path / "broken" / path
+        (target.unlink if target.is_file() else lambda t=target: __import__("shutil").rmtree(t))()
+    train(broken, resume=True)
+    straight, resumed = tensors_of(tmp_path / "straight"), tensors_of(tmp_path / "broken")
+    assert straight.keys() == resumed.keys() and straight
+    assert all(torch.equal(straight[key], resumed[key]) for key in straight)
+    counted = plan.make(run).shape.trainable
+    held = (
+        load_file(tmp_path / "straight/checkpoints/step-4/trained.safetensors") if "method=f" not in "".join(RUNS[name]) else None
+    )
+    if held is not None:
+        assert counted == sum(tensor.numel() for tensor in held.values())
+
+
+@pytest.mark.parametrize("name", ["neftune, dropout", "dora", "prefix, projection", "freeze", "fp16"])
+def test_the_cut_into_micro_batches_changes_nothing(name: str, tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    made = []
+    for micro in (40, 4000):
+        run = started(tiny_model, rows_file, tmp_path / str(micro), [*RUNS[name], f"optim.micro_tokens={micro}"])
+        train(run)
+        made.append(tensors_of(tmp_path / str(micro)))
+    for key in made[0]:
+        # On average: where a gradient is nearly nothing, Adam's first steps follow its rounding.
+        assert (made[0][key] - made[1][key]).abs().mean() <= (3e-5 if name != "fp16" else 1e-4)  # of steps of 1e-3
+
+
+def test_a_run_goes_on_from_an_adapter(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    first = started(tiny_model, rows_file, tmp_path / "first", ["method.rank=3", "method.targets=[q_proj]", "method.dora=true"])
+    train(first)
+    second = started(tiny_model, rows_file, tmp_path / "second", [f"method.start={tmp_path / 'first'}", "optim.lr=1e-12"])
+    train(second)
+    one, two = tensors_of(tmp_path / "first"), tensors_of(tmp_path / "second")
+    assert one.keys() == two.keys()
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-9)
+    with pytest.raises(UserError, match=r"has rank 3, this run says 8; leave method\.rank out"):
+        train(started(tiny_model, rows_file, tmp_path / "third", [f"method.start={tmp_path / 'first'}", "method.rank=8"]))
+    with pytest.raises(UserError, match="is neither an adapter nor a finished run"):
+        train(started(tiny_model, rows_file, tmp_path / "third", ["method.start=nowhere"]))
+    with pytest.raises(UserError, match="holds a lora adapter"):
+        train(started(tiny_model, rows_file, tmp_path / "third", ["method=prefix", f"method.start={tmp_path / 'first'}"]))
+
+
+def test_fp16_leaves_out_a_step_that_overflows_and_goes_on(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    from glmtune import optimizer, training
+
+    run = started(tiny_model, rows_file, tmp_path / "out", ["precision=fp16", "method.targets=[q_proj]"])
+    state = training.State(scale=2.0**60)
+    usual, training.State = training.State, lambda: state
+    try:
+        train(run)
+    finally:
+        training.State = usual
+    log = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    assert log[0]["skipped"] and log[1]["scale"] == log[0]["scale"] / 2
+    assert optimizer.LEAST < state.scale < 2.0**60
+
+
+@pytest.mark.parametrize("kind", ["full", "freeze"])
+def test_trained_weights_in_a_quantised_base_are_refused(kind: str, tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"which gradient steps cannot change, and method={kind} trains them"):
+        started(tiny_model, rows_file, tmp_path / "out", [f"method={kind}", "quant=nf4"])
+
+
+def test_full_tuning_is_refused_on_packed_layers_too(tiny_model: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = families.load_model(tiny_model, dtype=torch.float32, quant="nf4")
+    methods.prepare(model, torch.float32)
+    for options in (Full(), Freeze(last=1)):
+        with pytest.raises(UserError, match="kept in nf4"):
+            methods.attach(model, options, 0)
