@@ -21,7 +21,7 @@ from . import __version__, families
 from .chat import read_object
 from .errors import UserError, did_you_mean
 from .families import weights
-from .methods import PREFIX
+from .methods import PREFIX, of_pattern, shortest
 from .tensors import compare, read_tensors, write_tensors, write_text
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_model.bin")  # the last: checkpoints of some trainers
@@ -117,7 +117,7 @@ def _there(folder: Path) -> str:
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
     """Of a safetensors or a `.bin` file; the latter through torch's restricted unpickler, so that no code in it is ever run."""
-    return read_tensors(path) if path.suffix == ".safetensors" else weights._unpickle(path)
+    return read_tensors(path) if path.suffix == ".safetensors" else weights.unpickle(path)
 
 
 def _check_config(folder: Path, config: dict[str, Any]) -> None:
@@ -177,7 +177,7 @@ def _sorted_out(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]
     wrong = []
     for name, held in parts.items():
         A, B = held.get("A"), held.get("B")
-        rank = _by_pattern(config.get("rank_pattern"), name, config["r"])
+        rank = of_pattern(config.get("rank_pattern"), name, config["r"])
         if A is None or B is None:
             wrong.append(f"{name} has no {'A' if A is None else 'B'}")
         elif A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
@@ -185,7 +185,7 @@ def _sorted_out(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]
         elif A.shape[0] != rank:
             wrong.append(f"{name} has rank {A.shape[0]}, its adapter_config.json says {rank}")
         else:
-            alpha = _by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
+            alpha = of_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
             scaling = alpha / (math.sqrt(rank) if made.rslora else rank)
             made.layers[name] = Layer(A, B, scaling, held.get("magnitude_vector"))
     if wrong:
@@ -193,11 +193,6 @@ def _sorted_out(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]
     if not made.layers:
         raise UserError(f"{folder} holds no LoRA tensors (there: {', '.join(list(tensors)[:3])}); it is another kind of checkpoint")
     return made
-
-
-def _by_pattern(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
-    """As PEFT looks into rank_pattern and alpha_pattern: a key is a regular expression for the end of a dotted name."""
-    return next((value for key, value in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({key})", name)), default)
 
 
 def first(wrong: Sequence[str]) -> str:
@@ -247,7 +242,7 @@ def write(folder: Path, adapter: Adapter, base: str, linear: Iterable[str] = ())
         "lora_dropout": adapter.config.get("lora_dropout", 0.0),
         "rank_pattern": _pattern(ranks, rank),
         "alpha_pattern": _pattern(alphas, alpha),
-        "target_modules": _targets(adapter.layers, linear),
+        "target_modules": shortest(adapter.layers, linear),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -285,12 +280,6 @@ def _pattern(values: dict[str, Any], usual: Any) -> dict[str, Any]:
         if value != usual:
             made[leaf if same else name] = value
     return made
-
-
-def _targets(layers: Iterable[str], linear: Iterable[str]) -> list[str]:
-    chosen = set(layers)
-    leaves = {name.split(".")[-1] for name in chosen}
-    return sorted(leaves if {name for name in linear if name.split(".")[-1] in leaves} == chosen else chosen)
 
 
 def readme(name: str, base: Path | None, about: str, not_in_peft: str | None = None) -> str:

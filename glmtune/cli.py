@@ -332,6 +332,9 @@ def export(
     layout: Annotated[
         str, typer.Option(help="native; published: the adapter alone, for the code that was published with ChatGLM, Baichuan ...")
     ] = "native",
+    rounding: Annotated[
+        str, typer.Option(help="Of merged weights: nearest, or stochastic (nothing lost on average, more noise).")
+    ] = "nearest",
     json_: Json = False,
 ) -> None:
     """Write a folder that plain transformers opens, or a GGUF file: weights (adapter merged), tokenizer, chat template."""
@@ -347,9 +350,21 @@ def export(
         return
     if dtype not in ("auto", "bf16", "fp16", "fp32"):
         raise UserError(f"--dtype {dtype}: wanted auto, bf16, fp16 or fp32")
+    if rounding not in ("nearest", "stochastic"):
+        raise UserError(f"--rounding {rounding}: wanted nearest or stochastic")
     from .export import export as start
 
-    made = start(model, to, adapter=adapter, dtype=dtype, shard_gb=shard_size, unmerged=unmerged, outtype=outtype, say=_say)
+    made = start(
+        model,
+        to,
+        adapter=adapter,
+        dtype=dtype,
+        shard_gb=shard_size,
+        unmerged=unmerged,
+        outtype=outtype,
+        rounding=rounding,
+        say=_say,
+    )
     files = [made] if made.is_file() else sorted(path for path in made.rglob("*") if path.is_file())
     total = sum(path.stat().st_size for path in files)
     if json_:

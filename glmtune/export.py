@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import estimate, families, gguf, methods
-from .chat import Template
+from . import estimate, families, gguf, merging, methods
+from .chat import Template, align
 from .errors import UserError
 
 SHARD_GB = 4.0  # largest weight file of a folder
@@ -23,13 +23,15 @@ def export(
     shard_gb: float = SHARD_GB,
     unmerged: bool = False,
     outtype: str | None = None,
+    rounding: str = "nearest",
     say: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Writes config.json, safetensors shards, tokenizer.json and chat template into the new folder `to`, and returns it; where `to` ends
     in .gguf, that file, with matrices of `outtype` (gguf.OUTTYPES; f16 if none is given).
 
     adapter (or a run's own) is merged into the weights; `unmerged` leaves it beside them in `to`/adapter, naming `to` as its base.
-    dtype "auto" is the published one. Everything is read back and compared before the folder gets its name.
+    dtype "auto" is the published one. rounding: of merged weights, nearest or stochastic (merging.py); how much of the adapter's effect is
+    left is measured and said. Everything is read back and compared before the folder gets its name.
     Raises UserError: `to` is taken, no room, nothing to export, options of a folder for a file or the other way round.
     """
     to = Path(to).expanduser().resolve()
@@ -55,12 +57,12 @@ def export(
         raise UserError(f"{model} has no adapter that could be left unmerged; leave --unmerged out")
     template = families.open_template(place.tokenizer, place.template) if families.has_tokenizer(place.tokenizer) else None
     if single:
-        return _to_gguf(place, template, to, outtype or "f16", say)
+        return _to_gguf(place, template, to, outtype or "f16", rounding, say)
     loaded = families.load_model(place.base, dtype=dtype, device="cpu")
     kept = loaded.dtype
     estimate.refuse_room(to, families.num_parameters(place.base) * kept.itemsize)
     if place.adapter is not None and not unmerged:
-        _merge(loaded, place.adapter, say)
+        _merge(loaded, place, template, rounding, say)
     work = to.with_name(f".{to.name}.part")
     shutil.rmtree(work, ignore_errors=True)
     try:
@@ -82,23 +84,54 @@ def export(
     return to
 
 
-def _merge(loaded: Any, adapter: Path, say: Callable[[str], None]) -> None:
+def _merge(loaded: Any, place: families.Place, template: Template | None, rounding: str, say: Callable[[str], None]) -> None:
     kept = loaded.dtype
+    assert place.adapter is not None
     methods.prepare(loaded, kept)
-    methods.load(loaded, adapter)
-    methods.merge(loaded)
-    for parameter in loaded.parameters():
-        parameter.data = parameter.data.to(kept)
-    say(f"merged {adapter} into the weights")
+    methods.load(loaded, place.adapter)
+    texts, what = ([], "") if template is None else _texts(place, template)
+    if texts:
+        left = merging.merge(loaded, texts, kept, rounding)
+        say(f"merged {place.adapter} into the weights; compared on {what}")
+        merging.advice(left, kept, say)
+    else:
+        methods.merge(loaded)
+        for parameter in loaded.parameters():
+            parameter.data = parameter.data.to(kept)
+        say(f"merged {place.adapter} into the weights; what is left of its effect was not measured: there is no tokenizer")
 
 
-def _to_gguf(place: families.Place, template: Template | None, to: Path, outtype: str, say: Callable[[str], None]) -> Path:
+ASKED = ("What is the capital of France?", "Write a short poem about the sea.", "你是谁？", "请介绍一下北京。")
+
+
+def _texts(place: families.Place, template: Template) -> tuple[list[Any], str]:
+    """Rows to compare on, and what they are: the run's own questions with the answers it gave, else a few questions of ours."""
+    system = [{"role": "system", "content": place.system}] if place.system else []
+    for folder in list(place.adapter.parents)[:3] if place.adapter is not None else ():
+        rows = [json.loads(line) for line in _lines(folder / "samples.jsonl")]
+        told = [(row["prompt"], row["after"]) for row in rows if row.get("after")]
+        if told:
+            rows = [[*system, {"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in told]
+            return [template.encode(row) for row in rows], "the run's own questions and answers (samples.jsonl)"
+    prompts = [template.prompt([*system, {"role": "user", "content": question}]) for question in ASKED]
+    return [
+        align(ids, [0.0] * len(ids), "") for ids in prompts
+    ], "four general questions (the adapter comes without a run's samples.jsonl)"
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+
+def _to_gguf(
+    place: families.Place, template: Template | None, to: Path, outtype: str, rounding: str, say: Callable[[str], None]
+) -> Path:
     gguf.check(families.load_model(place.base, device="meta"))
     # A merged weight is rounded once, to what the file holds (q8_0's steps are far wider than fp16's).
     merged = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "q8_0": "fp16"}[outtype]
     loaded = families.load_model(place.base, dtype="auto" if place.adapter is None else merged, device="cpu")
     if place.adapter is not None:
-        _merge(loaded, place.adapter, say)
+        _merge(loaded, place, template, rounding, say)
     if place.system:
         say(f"it was trained with the system prompt: {place.system!r}; give it to llama.cpp too")
     say(f"writing {families.num_parameters(place.base) / 1e6:.0f} M parameters as {outtype} ...")

@@ -21,6 +21,14 @@ class Loaded:
     system: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)  # the model's own published sampling settings
 
+    def use(self, adapter: str | Path | None) -> "Loaded":
+        """Switches to another adapter, or to none (the base model as it was). The chat format and the system prompt stay."""
+        if adapter is None:
+            methods.unload(self.model)
+        else:
+            methods.load(self.model, adapter)
+        return self
+
     def chat(self, messages: str | Sequence[dict[str, Any]], **sampling: Any) -> str:
         """The answer to a question or to OpenAI-style messages. sampling: temperature, top_p, max_new_tokens, seed."""
         return "".join(self.stream(messages, **sampling))
@@ -67,6 +75,8 @@ def load(
     model.generation_config.eos_token_id = template.stop_ids  # model.generate ends where chat does
     if place.adapter is not None:
         methods.load(model, place.adapter)
+        if methods.changes_nothing(model):
+            say(f"warning: the adapter {place.adapter} changes nothing: all its B are zero, as before training")
     targets = sorted({name.split(".")[-1] for name in methods.blocks(model)})
     tokenizer = families.hf_tokenizer(place.base, template)
     return Loaded(model, tokenizer, template, targets, place.system, published_settings(place.base))

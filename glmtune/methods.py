@@ -6,7 +6,7 @@ Adapters are files in PEFT's layout; `layers.Linear` computes LoRA, `prefix` com
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -257,6 +257,14 @@ def disabled(model: nn.Module):
             layer.lora_A, layer.lora_magnitude = A, magnitude
 
 
+def changes_nothing(model: nn.Module) -> bool:
+    """Whether the attached adapter is without any effect: LoRA with every B zero (never trained, or saved empty)."""
+    layers = [layer for layer in blocks(model).values() if layer.lora_B is not None]
+    if not layers or prefix.of(model) is not None or getattr(model, "saved_whole", None):
+        return False
+    return all(layer.lora_magnitude is None and not bool(layer.lora_B.any()) for layer in layers if layer.lora_B is not None)
+
+
 def _swap(model: nn.Module, whole: dict[str, Tensor]) -> None:
     """Exchanges the weights that an adapter brought with those of the base model."""
     for name, tensor in whole.items():
@@ -372,7 +380,7 @@ def _lora_config(model: nn.Module, tensors: dict[str, Tensor], options: Lora, ba
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": options.dropout,
-        "target_modules": _shortest(list(ranks), list(layers)),
+        "target_modules": shortest(ranks, layers),
         "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
         "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
         "bias": "none",
@@ -384,11 +392,11 @@ def _lora_config(model: nn.Module, tensors: dict[str, Tensor], options: Lora, ba
     }
 
 
-def _shortest(chosen: list[str], names: list[str]) -> list[str]:
-    """Last names where they select exactly these layers, else full names."""
-    leaves = sorted({name.split(".")[-1] for name in chosen})
+def shortest(chosen: Iterable[str], names: Iterable[str]) -> list[str]:
+    """target_modules: last names where they select exactly these layers out of `names`, else full names."""
+    leaves = {name.split(".")[-1] for name in chosen}
     selected = {name for name in names if name.split(".")[-1] in leaves}
-    return leaves if selected == set(chosen) else sorted(chosen)
+    return sorted(leaves if selected == set(chosen) else chosen)
 
 
 def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -479,12 +487,12 @@ def _load_lora(model: nn.Module, tensors: dict[str, Tensor], config: dict[str, A
             + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
             + ("" if wrong else "it holds no LoRA tensors")
         )
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    ranks, alphas = config.get("rank_pattern"), config.get("alpha_pattern")
     for name in used:
         short = name.removeprefix(PREFIX)
         A, B = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
-        alpha = _of_pattern(alphas, short, config["lora_alpha"])
-        rank = _of_pattern(ranks, short, A.shape[0])
+        alpha = of_pattern(alphas, short, config["lora_alpha"])
+        rank = of_pattern(ranks, short, A.shape[0])
         scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         _set_lora(layers[short], A, B, scaling, tensors.get(f"{name}.lora_magnitude_vector"))
     held: dict[str, Tensor] = {}
@@ -499,6 +507,6 @@ def _load_lora(model: nn.Module, tensors: dict[str, Tensor], config: dict[str, A
         object.__setattr__(model, "saved_whole", held)
 
 
-def _of_pattern(pattern: dict[str, Any], name: str, usual: Any) -> Any:
-    """PEFT's rule: keys are regular expressions for the end of a layer's name."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), usual)
+def of_pattern(pattern: dict[str, Any] | None, name: str, usual: Any) -> Any:
+    """PEFT's rule: keys of rank_pattern and alpha_pattern are regular expressions for the end of a layer's name."""
+    return next((value for key, value in (pattern or {}).items() if re.fullmatch(rf"(.*\.)?({key})", name)), usual)

@@ -581,7 +581,8 @@ class _Training:
         else:
             methods.save_adapter(self.model, work, method, str(self._base_name()))
         families.save_tokenizer(self.plan.folder, self.plan.template, work)
-        (work / "README.md").write_text(_adapter_readme(self.plan.run, self._base_name(), full), encoding="utf-8")
+        reason = methods.prefix.plain_peft(self.model) if self.plan.run.method.kind == "prefix" else None
+        (work / "README.md").write_text(_readme(self.plan, str(self._base_name()), full, reason), encoding="utf-8")
         if final:
             shutil.rmtree(target, ignore_errors=True)
             work.rename(target)
@@ -698,18 +699,21 @@ class _Training:
         return rows
 
 
-def _adapter_readme(run: Run, base: str, full: bool) -> str:
-    system = f"\nIt was trained with the system prompt: {run.system!r}\n" if run.system else ""
-    use = (
-        'AutoModelForCausalLM.from_pretrained("THIS FOLDER")'
-        if full
-        else f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "THIS FOLDER")'
+def _readme(made: plan.Plan, base: str, whole: bool, not_in_peft: str | None) -> str:
+    """README.md of what was trained. base: what plain transformers should open; not_in_peft: why plain PEFT would compute something else."""
+    from . import adapters
+
+    run = made.run
+    system = f" It was trained with the system prompt {run.system!r}." if run.system else ""
+    about = (
+        f"Trained on {run.model} with method {run.method.kind}{f' on weights kept in {made.quant}' if made.quant else ''}.{system}"
     )
+    if not whole:
+        return adapters.readme(base, made.folder, about, not_in_peft)
     return (
-        f"---\nbase_model: {base}\nlibrary_name: {'transformers' if full else 'peft'}\n---\n\n"
-        f"Trained by glmtune {__version__} on {run.model} with method {run.method.kind}.{system}\n\n"
-        f"- glmtune: `glmtune chat THIS-RUN`\n- transformers{'' if full else ' and PEFT'}: `{use}`\n"
-        "- The chat format that was trained is `chat_template.jinja`.\n"
+        f"---\nbase_model: {base}\nlibrary_name: transformers\n---\n\n{about} (glmtune {__version__}). The licence of the base model applies.\n\n"
+        "```sh\nglmtune chat THIS_FOLDER\n```\n\n```python\nfrom transformers import AutoModelForCausalLM\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")\n```\n\nThe chat format that was trained is `chat_template.jinja`.\n'
     )
 
 

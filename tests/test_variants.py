@@ -321,3 +321,69 @@ def test_full_tuning_is_refused_on_packed_layers_too(tiny_model: Path) -> None:
     for options in (Full(), Freeze(last=1)):
         with pytest.raises(UserError, match="kept in nf4"):
             methods.attach(model, options, 0)
+
+
+# --- in use -------------------------------------------------------------------------------------------------------------
+
+
+def test_adapters_are_switched_at_run_time(tiny_model: Path, tmp_path: Path) -> None:
+    import glmtune
+
+    methods.save_adapter(moved(tiny_model, seed=1, rank=2), tmp_path / "a", Lora(rank=2), str(tiny_model))
+    whole = Lora(rank=3, modules_to_save=["norm"])
+    methods.save_adapter(moved(tiny_model, seed=2, rank=3, modules_to_save=["norm"]), tmp_path / "b", whole, str(tiny_model))
+    loaded = glmtune.load(tiny_model, dtype="fp32", device="cpu")
+    base = logits(loaded.model)
+    alone = {name: logits(glmtune.load(tiny_model, adapter=tmp_path / name, dtype="fp32", device="cpu").model) for name in "ab"}
+    for name in ("a", "b", "b", "a"):
+        assert torch.equal(logits(loaded.use(tmp_path / name).model), alone[name])
+    assert torch.equal(logits(loaded.use(None).model), base)
+
+
+def test_an_adapter_without_effect_is_told(tiny_model: Path, tmp_path: Path) -> None:
+    import glmtune
+    from glmtune.export import export
+
+    model = prepared(tiny_model)
+    methods.attach(model, Lora(rank=2), seed=0)
+    methods.save_adapter(model, tmp_path / "a", Lora(rank=2), str(tiny_model))
+    said: list[str] = []
+    glmtune.load(tiny_model, adapter=tmp_path / "a", say=said.append)
+    assert "changes nothing" in said[-1]
+    export(tiny_model, tmp_path / "out", adapter=tmp_path / "a", say=said.append)
+    assert "this adapter changes nothing" in "\n".join(said)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_a_merge_tells_how_much_of_the_effect_is_left(tiny_model: Path, tmp_path: Path, rounding: str) -> None:
+    """An update far below bf16's steps is lost by rounding to the nearest, and kept on average by rounding at random."""
+    from glmtune.export import export
+
+    left = {}
+    for size in (1e-4, 1.0):
+        model = moved(tiny_model, rank=2)
+        with torch.no_grad():
+            for name, parameter in methods.trainable(model).items():
+                parameter *= size if name.endswith("lora_B") else 1
+        methods.save_adapter(model, tmp_path / f"a{size}", Lora(rank=2), str(tiny_model))
+        said: list[str] = []
+        to = tmp_path / f"{rounding}{size}"
+        export(tiny_model, to, adapter=tmp_path / f"a{size}", dtype="bf16", rounding=rounding, say=said.append)
+        text = "\n".join(said)
+        left[size] = float(text.split("merged: ")[1].split("%")[0])
+        assert ("was rounded away" in text) == (left[size] < 99)
+    assert left[1.0] > 97
+    assert left[1e-4] < 50 or rounding == "stochastic"
+
+
+def test_stochastic_rounding_is_right_on_average() -> None:
+    from glmtune.merging import stochastic
+
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.tensor([1.0, 1.001, -1.003, 0.3, -2e-5, 0.0]).repeat(20_000, 1)
+    for dtype in (torch.bfloat16, torch.float16):
+        made = stochastic(weight, dtype, generator)
+        near = weight[0].to(dtype)
+        assert set(made[:, 0].tolist()) == {1.0} and made[:, 5].abs().max() == 0
+        step = (torch.nextafter(near, torch.full_like(near, 9)).float() - near.float()).abs()
+        assert ((made.float().mean(0) - weight[0]).abs() <= 0.02 * step + 1e-9).all()

@@ -119,7 +119,7 @@ def _pickled(path: Path) -> dict[str, Stored]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
-        content = _unpickle(path)
+        content = unpickle(path)
     found = {}
     for name, tensor in content.items():
         start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
@@ -130,7 +130,7 @@ def _pickled(path: Path) -> dict[str, Stored]:
     return found
 
 
-def _unpickle(path: Path) -> dict[str, Any]:
+def unpickle(path: Path) -> dict[str, Any]:
     import torch
 
     try:
@@ -181,7 +181,7 @@ class Reader:
         if stored.offset is None:
             if self._whole is None or self._whole[0] != stored.path:
                 self._whole = None
-                self._whole = (stored.path, _unpickle(stored.path))
+                self._whole = (stored.path, unpickle(stored.path))
             whole = self._whole[1][stored.name]
             return whole[start:stop].clone() if stored.shape else whole.clone()
         dtype = getattr(torch, stored.dtype)
