@@ -18,7 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ DEFAULT_SYSTEM = {
     "alpaca": "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
 }
 KEPT = 24  # characters up to which a text's ids are remembered
+RECENT = 2000  # characters up to which the ids of the last few longer texts are: a system prompt comes with every row
 JOIN = {"alpaca": "\n\n### Input:\n"}  # what stands between instruction and input; elsewhere a newline
 
 
@@ -80,6 +81,7 @@ class Tokens:
             self._inner = Tokenizer.from_str(json.dumps(_never_prepend(tree)))
             self._inner.encode_special_tokens = True
         self._short: dict[tuple[str, bool], list[int]] = {}  # headers and other texts that come again
+        self._recent = lru_cache(maxsize=64)(self._encode)
         self.chat_template: str | None = config.get("chat_template")
         self.eos_id = self._id("eos_token")
         self.bos_id = self._id("bos_token")
@@ -131,7 +133,7 @@ class Tokens:
                 if len(self._short) < 10_000:
                     self._short[text, first] = found
             return list(found)
-        return self._encode(text, first)
+        return list(self._recent(text, first)) if len(text) <= RECENT else self._encode(text, first)
 
     def _encode(self, text: str, first: bool) -> list[int]:
         # The batch call leaves out offsets and is a quarter faster even for one text.
