@@ -567,7 +567,7 @@ class Template:
             ids, weights = self._ids(self.pieces(conversation, learn))
         except UserError as error:  # a turn that the format cannot write
             raise UserError(f"{where}: {error}" if where else str(error)) from None
-        return align(ids, [weight * scale for weight in weights], where)
+        return align(ids, weights if scale == 1 else [weight * scale for weight in weights], where)
 
     def prompt(self, conversation: "Conversation | Sequence[Message]") -> list[int]:
         """Ids after which the model writes an answer. A last assistant turn, if there is one, is what is to be answered anew."""
