@@ -1,15 +1,18 @@
 """`glmtune export`: a model, with what was trained on it, as a folder that plain transformers opens without code from anywhere, or as
 one GGUF file for llama.cpp."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from . import estimate, families, gguf, merging, methods
+from . import data, estimate, families, gguf, merging, methods
 from .chat import Template, align
 from .errors import UserError
+from .run import load_run
 
 SHARD_GB = 4.0  # largest weight file of a folder
 
@@ -93,7 +96,7 @@ def _merge(loaded: Any, place: families.Place, template: Template | None, roundi
     if texts:
         left = merging.merge(loaded, texts, kept, rounding)
         say(f"merged {place.adapter} into the weights; compared on {what}")
-        merging.advice(left, kept, say)
+        merging.advice(left, kept, rounding, say)
     else:
         methods.merge(loaded)
         for parameter in loaded.parameters():
@@ -105,7 +108,7 @@ ASKED = ("What is the capital of France?", "Write a short poem about the sea.", 
 
 
 def _texts(place: families.Place, template: Template) -> tuple[list[Any], str]:
-    """Rows to compare on, and what they are: the run's own questions with the answers it gave, else a few questions of ours."""
+    """Rows to compare on, and what they are: the run's own questions with the answers it gave, rows it learned, else a few of ours."""
     system = [{"role": "system", "content": place.system}] if place.system else []
     for folder in list(place.adapter.parents)[:3] if place.adapter is not None else ():
         rows = [json.loads(line) for line in _lines(folder / "samples.jsonl")]
@@ -113,10 +116,13 @@ def _texts(place: families.Place, template: Template) -> tuple[list[Any], str]:
         if told:
             rows = [[*system, {"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in told]
             return [template.encode(row) for row in rows], "the run's own questions and answers (samples.jsonl)"
+        if (folder / "run.yaml").is_file():
+            with contextlib.suppress(UserError):  # its data may be elsewhere now
+                run = load_run(folder / "run.yaml")
+                flow = data.stream(run.data, system=run.system, variables=run.variables, registry=run.registry, all_variables=False)
+                return [template.encode(row) for _, row in islice(flow, 8)], f"the first rows of {run.data[0].path}"
     prompts = [template.prompt([*system, {"role": "user", "content": question}]) for question in ASKED]
-    return [
-        align(ids, [0.0] * len(ids), "") for ids in prompts
-    ], "four general questions (the adapter comes without a run's samples.jsonl)"
+    return [align(ids, [0.0] * len(ids), "") for ids in prompts], "four general questions (no rows of the run are there)"
 
 
 def _lines(path: Path) -> list[str]:
