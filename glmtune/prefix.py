@@ -195,6 +195,17 @@ class _Probe(Given):
         return key[:, :, :0], value[:, :, :0]
 
 
+class _Listener(_Probe):
+    """Gives nothing and keeps what it hears: layer -> its keys and values [h, K, d]."""
+
+    def __init__(self) -> None:
+        self.heard: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def of(self, module: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        self.heard[module.layer_idx] = (key[0], value[0])
+        return key[:, :, :0], value[:, :, :0]
+
+
 # --- attention with a prefix --------------------------------------------------------------------------------------------
 
 
@@ -288,6 +299,34 @@ def attach(
         raise UserError("this model has a prefix already; take it off first (prefix.detach)")
     shape = shape_for(model, num_virtual_tokens, (hidden or model.config.get_text_config().hidden_size) if projection else None)
     return _put(model, Encoder(shape, torch.Generator().manual_seed(seed), dropout, noise or RowNoise(seed)))
+
+
+@torch.no_grad()
+def start_from_words(model: Any, ids: list[int]) -> bool:
+    """Gives the attached prefix the model's own keys and values of its first p ids, each as it stands at position 0, where nothing is
+    rotated: a start that the model understands (Li and Liang 2021, section 7.4). False with a projection, which cannot be set so."""
+    encoder, base = _on(model), model.get_decoder()
+    if encoder.trans:
+        return False
+    p = encoder.shape.num_virtual_tokens
+    ids = (ids * (p // len(ids) + 1))[:p]
+    tokens = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
+    positions = torch.zeros_like(tokens)
+    if model.config.model_type == "chatglm1" and model.config.position_encoding_2d:
+        positions = torch.stack([positions, positions], 1)
+    listener, training, encoder.enabled = _Listener(), model.training, False
+    model.eval()
+    try:
+        # With a cache: without one equal positions are taken for rows of their own.
+        base(input_ids=tokens, position_ids=positions, use_cache=True, learned_prefix=listener)
+    finally:
+        encoder.enabled = True
+        model.train(training)
+    pairs = [
+        tensor.transpose(0, 1).float() for index in sorted(listener.heard) for tensor in listener.heard[index]
+    ]  # [p, h, d] each
+    encoder.embedding.weight.copy_(torch.stack(pairs, 1).flatten(1))
+    return True
 
 
 def shape_for(model: Any, num_virtual_tokens: int, hidden: int | None) -> Shape:

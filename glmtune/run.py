@@ -166,6 +166,10 @@ class Prefix(Options):
 
     kind: Literal["prefix"] = "prefix"
     num_virtual_tokens: Positive = Field(default=64, description="length of the prefix, in tokens")
+    init: Literal["words", "random"] = Field(
+        default="words",
+        description="where it starts: the model's own keys and values of the data's first words, which change little; or random, as published (with projection always)",
+    )
     projection: bool = Field(
         default=False, description="make the prefix by a small two-layer network (published: prefix_projection)"
     )

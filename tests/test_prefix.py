@@ -622,3 +622,28 @@ def test_files_of_other_models_and_things_are_refused():
     with pytest.raises(UserError, match="embedding.weight"):
         prefix.from_published(large, {prefix.PUBLISHED + "trans.0.weight": torch.ones(2, 2)})
     assert prefix.of(large) is None
+
+
+def test_a_start_from_words_is_what_the_model_itself_would_keep(family: Any):
+    """Of one word: its keys and values in a cache, in every layer; of more: in the first layer each word's own."""
+    positions = torch.zeros((1, 2, 1) if family.config.model_type == "chatglm1" else (1, 1), dtype=torch.long)
+    kept = []
+    for word in (5, 9):
+        with torch.no_grad():
+            out = family.get_decoder()(input_ids=torch.tensor([[word]]), position_ids=positions, use_cache=True)
+        kept.append([(layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1)) for layer in out.past_key_values.layers])
+    one = prefix.attach(family, 1)
+    assert prefix.start_from_words(family, [9])
+    for i, (keys, values) in enumerate(kept[1]):
+        close(one()[:, 2 * i], keys)
+        close(one()[:, 2 * i + 1], values)
+    prefix.detach(family)
+    three = prefix.attach(family, 3)
+    prefix.start_from_words(family, [5, 9])
+    for place, which in enumerate((0, 1, 0)):  # too few words come again
+        close(three()[place : place + 1, 0], kept[which][0][0])
+        close(three()[place : place + 1, 1], kept[which][0][1])
+    prefix.detach(family)
+    projected = prefix.attach(family, 3, projection=True)
+    before = projected().detach().clone()
+    assert not prefix.start_from_words(family, [5, 9]) and torch.equal(projected(), before)
