@@ -84,6 +84,7 @@ class Linear(nn.Linear):
             y = y if self.under is None else y + self._beneath(x).to(y.dtype)
             return y + self._update(x).to(y.dtype) * self.scaling
         y = self._product(x.to(self.compute), None).to(x.dtype) + self._update(x).to(x.dtype) * self.scaling
+        y = y if self.under is None else y + self._beneath(x).to(y.dtype)
         y = y * (self.lora_magnitude / self.lengths()).to(y.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -109,17 +110,20 @@ class Linear(nn.Linear):
 
     @torch.no_grad()
     def lengths(self) -> Tensor:
-        """||W + scaling B A|| of each row, [out]: DoRA's norm (arXiv 2402.09353, section 4.3), through which no gradient flows.
+        """||W + scaling B A + what is beneath|| of each row, [out]: DoRA's norm (arXiv 2402.09353, section 4.3), through which no gradient
+        flows.
 
-        By ||w||^2 + 2 s w.(BA) + s^2 ||BA||^2, so that the sum itself is never made.
+        By ||w||^2 + 2 w.(BA) + ||BA||^2, so that the sum itself is never made.
         """
         assert self.lora_A is not None and self.lora_B is not None
         if self._squares is None:
             self._squares = self.dense().square().sum(-1)
-        A, B = self.lora_A.float(), self.lora_B.float()
+        A, B = self.lora_A.float(), self.lora_B.float() * self.scaling
+        if self.under is not None:
+            A, B = torch.cat([A, self.under[0]]), torch.cat([B, self.under[1]], 1)
         cross = (self._product(A.to(self.compute), None).float().T * B).sum(-1)
         own = ((B @ (A @ A.T)) * B).sum(-1)
-        return (self._squares.to(A.device) + 2 * self.scaling * cross + self.scaling**2 * own).clamp(min=0).sqrt()
+        return (self._squares.to(A.device) + 2 * cross + own).clamp(min=0).sqrt()
 
 
 class Embedding(nn.Embedding):

@@ -141,6 +141,7 @@ def _set_lora(layer: Linear, A: Tensor, B: Tensor, scaling: float, magnitude: Te
     # Copies: tensors out of a file lie unaligned, and products of those round differently.
     A, B = (tensor.to(layer.device, torch.float32, copy=True) for tensor in (A, B))
     layer.lora_A, layer.lora_B, layer.scaling = nn.Parameter(A), nn.Parameter(B), scaling
+    layer._squares = None  # the weight may have changed since: another adapter was merged into it
     layer.lora_magnitude = None if magnitude is None else nn.Parameter(magnitude.to(layer.device, torch.float32, copy=True))
 
 
@@ -325,8 +326,9 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     found = {}
     layers = blocks(model)
     joined = any(layer.under is not None for layer in layers.values())
+    dora = any(layer.lora_magnitude is not None for layer in layers.values())
     for name, layer in layers.items():
-        A, B = layer.lora_A, layer.lora_B
+        A, B, magnitude = layer.lora_A, layer.lora_B, layer.lora_magnitude
         if joined:
             parts = [] if A is None or B is None else [(A.detach(), B.detach() * layer.scaling)]
             parts += [] if layer.under is None else [layer.under]
@@ -335,8 +337,12 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
             # Copies: an A that layers share is written once for each of them.
             found[f"{PREFIX}{name}.lora_A.weight"] = A.detach().cpu().clone()
             found[f"{PREFIX}{name}.lora_B.weight"] = B.detach().cpu().clone()
-            if layer.lora_magnitude is not None:
-                found[f"{PREFIX}{name}.lora_magnitude_vector"] = layer.lora_magnitude.detach().cpu().clone()
+            if (
+                dora and magnitude is None
+            ):  # only beneath: rows as long as they are, since in PEFT's files all layers have lengths or none
+                magnitude = torch.linalg.norm(merged_weight(layer), dim=1)
+            if magnitude is not None:
+                found[f"{PREFIX}{name}.lora_magnitude_vector"] = magnitude.detach().cpu().clone()
     for name, module in model.named_modules():
         if not isinstance(module, prefix.Encoder) and "prefix_encoder" not in name:
             for leaf, parameter in module.named_parameters(recurse=False):

@@ -24,7 +24,10 @@ def make(run: Run, lr: float, parameters: dict[str, nn.Parameter], device: torch
         decay = run.optim.weight_decay if parameter.ndim >= 2 else 0.0
         groups.setdefault((decay, ratio if name.endswith("lora_B") else 1.0), []).append(parameter)
     made = [{"params": held, "weight_decay": decay, "times": times, "lr": lr * times} for (decay, times), held in groups.items()]
-    return OPTIMIZERS[run.optim.kind](made, lr, device)
+    optimizer = OPTIMIZERS[run.optim.kind](made, lr, device)
+    # Fused and 8-bit kernels change parameters without counting it, and what is kept for decoding goes by that count (prefix.Encoder.parts).
+    optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(list(parameters.values())))
+    return optimizer
 
 
 def _adamw(groups: list[dict[str, Any]], lr: float, device: torch.device) -> torch.optim.Optimizer:

@@ -6,6 +6,7 @@ interrupted at any moment and resumed ends bit-identical to the straight run; a 
 
 import contextlib
 import errno
+import functools
 import importlib
 import json
 import math
@@ -72,6 +73,7 @@ class State:
     last_loss: float | None = None
     scale: float = 65536.0  # of the loss under fp16
     steady: int = 0  # steps since the scale changed last
+    micro_tokens: int | None = None  # what the device had room for, where that was less than the run's settings say
 
 
 # --- the run's folder -------------------------------------------------------------------------------------------------------
@@ -105,7 +107,7 @@ def train(run: Run, *, resume: bool = False, screen: Screen | None = None) -> Re
         screen.plan(made)
         screen.say(settings_line(settings))
         how = setting(made, settings)
-        rate = estimate.matmul_rate(families.pick_device(settings["device"]), settings["precision"])
+        rate = _matmul_rate(settings["device"], settings["precision"])
         epoch = estimate.seconds(made.shape, how, sum(made.lengths), made.examples.num_learned, rate)
         screen.needs(estimate.memory(made.shape, how), epoch, rate)
         try:
@@ -205,6 +207,12 @@ def resolve(made: plan.Plan) -> dict[str, Any]:
         need = sum(estimate.memory(made.shape, setting(made, settings)).values())
         settings["checkpointing"] = need > _free(device)
     return settings
+
+
+@functools.cache
+def _matmul_rate(device: str, precision: str) -> float:
+    """Measured once: a process that trains many runs need not wait for it each time."""
+    return estimate.matmul_rate(families.pick_device(device), precision)
 
 
 def _free(device: Any) -> int:
@@ -352,6 +360,8 @@ class _Training:
         methods.attach(self.model, made.method, options_.seed)
         if getattr(options_.method, "start", None):
             methods.start_from(self.model, Path(options_.method.start))
+        elif options_.method.kind == "prefix" and options_.method.init == "words":
+            methods.prefix.start_from_words(self.model, _first_ids(made, options_.method.num_virtual_tokens))
         if options_.neftune:
             methods.add_neftune(self.model, options_.neftune, options_.seed)
         self.parameters = methods.trainable(self.model)
@@ -531,7 +541,7 @@ class _Training:
                     ) from None
             self.optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
-            self.settings["micro_tokens"] //= 2
+            self.settings["micro_tokens"] = self.state.micro_tokens = self.settings["micro_tokens"] // 2
             self.screen.say(
                 f"no room on {self.device}: the step is done again with optim.micro_tokens={self.settings['micro_tokens']}"
             )
@@ -650,6 +660,8 @@ class _Training:
         numbers = state.pop("numbers")
         for name, value in state.items():
             setattr(self.state, name, value)
+        if self.state.micro_tokens is not None:
+            self.settings["micro_tokens"] = self.state.micro_tokens
         if self.state.best_step is not None and self.state.best_step > self.state.step:
             self.state.best_step = self.state.best_loss = None
         files = (
@@ -678,6 +690,7 @@ class _Training:
 
     def _ask(self, when: str) -> list[dict[str, Any]]:
         """Answers the run's questions, once before and once after training; samples.jsonl holds both."""
+        from . import methods
         from .generate import Sampling, answer
 
         path, questions = self.out / "samples.jsonl", self.plan.questions
@@ -689,14 +702,27 @@ class _Training:
         done = self.screen.asking(f"answers {when} training", len(questions))
         training = self.model.training
         self.model.eval()
-        for i, text in answer(self.model, self.plan.template, [q.ids for q in questions], Sampling(max_new_tokens=64), done=done):
-            rows[i][when] = text
-            if (wanted := questions[i].contains) is not None:
-                rows[i][f"hit_{when}"] = any(part.lower() in text.lower() for part in wanted)
+        # Before training is before the prefix, too: unlike LoRA, it changes answers from the start.
+        untouched = methods.prefix.disabled(self.model) if when == "before" else contextlib.nullcontext()
+        with untouched:
+            asked = answer(self.model, self.plan.template, [q.ids for q in questions], Sampling(max_new_tokens=64), done=done)
+            for i, text in asked:
+                rows[i][when] = text
+                if (wanted := questions[i].contains) is not None:
+                    rows[i][f"hit_{when}"] = any(part.lower() in text.lower() for part in wanted)
         self.model.train(training)
         self.screen.stop()
         write_jsonl(path, rows)
         return rows
+
+
+def _first_ids(made: plan.Plan, count: int) -> list[int]:
+    found: list[int] = []
+    for example in made.examples[: min(count, len(made.examples))]:
+        found += example.ids
+        if len(found) >= count:
+            break
+    return found
 
 
 def _readme(made: plan.Plan, base: str, whole: bool, not_in_peft: str | None) -> str:

@@ -25,7 +25,9 @@ PAGES = sorted(p for p in [*ROOT.glob("README*.md"), *ROOT.glob("docs/*.md")] if
 ENGLISH = [page for page in PAGES if not page.name.endswith(".zh.md")]
 # Commands that are not ours and not run here; any other word at the start of a line is a slip.
 TABLES = {"migrating.md", "faq.md"}  # pages where commands inside the text and in tables are run too
-OTHERS = {"source", "python3", "pip", "tensorboard", "ssh", "ls", "tail", "printf", "make", "jq"}
+OTHERS = {
+    "source", "python3", "pip", "tensorboard", "ssh", "ls", "tail", "printf", "make", "jq", "llama-cli", "llama-server", "llama-quantize",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -242,11 +244,39 @@ def test_quoted_errors_are_real(place, capsys):
         ("your-data.md", ["show", model, "data=broken.json"]),
         ("run-files.md", ["show", model, "data=train.json", "method.rnak=4"]),
         ("run-files.md", ["train", "runs/first/run.yaml", "--resume", "method.rank=16"]),
+        ("methods.md", ["show", model, "data=train.json", "quant=nf4", "method=full"]),
+        ("methods.md", ["show", model, "data=train.json", "quant=chatglm-int4"]),
+        ("methods.md", ["show", model, "data=train.json", "method=qlora"]),
+        ("methods.md", ["show", model, "data=train.json", "method.targets=[query]"]),
+        ("methods.md", ["show", model, "data=train.json", "method=freeze", "method.last=1", "method.first=1"]),
+        ("methods.md", ["show", model, "data=train.json", "method.start=runs/first", "method.rank=16"]),
+        ("methods.md", ["show", model, "data=train.json", "method=prefix", "method.start=runs/first"]),
+        ("adapters.md", ["chat", "smollm2-135m-instruct", "--adapter", "old/lora"]),
+        ("adapters.md", ["import", "old/lora", "--to", "adapters/nowhere"]),
+        ("adapters.md", ["export", "THUDM/chatglm-6b", "--to", "c.gguf"]),
+        ("adapters.md", ["export", "smollm2-135m-instruct", "--to", "c.gguf", "--outtype", "q4_k_m"]),
     ):
         assert glmtune(arguments) == 2
         said = capsys.readouterr().err.strip()
         assert said in (ROOT / "docs" / page).read_text(encoding="utf-8")
         assert said in (ROOT / "docs" / page.replace(".md", ".zh.md")).read_text(encoding="utf-8")
+
+
+CHATGLM3_6B = {  # of its published config.json, what sizes follow from
+    "model_type": "chatglm", "add_bias_linear": False, "add_qkv_bias": True, "apply_residual_connection_post_layernorm": False, "ffn_hidden_size": 13696,
+    "hidden_size": 4096, "kv_channels": 128, "layernorm_epsilon": 1e-5, "multi_query_attention": True, "multi_query_group_num": 2,
+    "num_attention_heads": 32, "num_layers": 28, "original_rope": True, "padded_vocab_size": 65024, "post_layer_norm": True, "rmsnorm": True,
+    "seq_length": 8192, "torch_dtype": "float16",
+}  # fmt: skip
+
+
+def test_the_table_of_what_fits_is_true(tmp_path, monkeypatch, capsys):
+    """The only page figure of a large model: from its config alone."""
+    (tmp_path / "THUDM/chatglm3-6b").mkdir(parents=True)
+    (tmp_path / "THUDM/chatglm3-6b/config.json").write_text(json.dumps(CHATGLM3_6B), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert glmtune(["doctor", "THUDM/chatglm3-6b", "--fit", "8GB"]) == 0
+    assert capsys.readouterr().out in (ROOT / "docs/methods.md").read_text(encoding="utf-8")
 
 
 def test_python_blocks_run(place):

@@ -320,9 +320,8 @@ print(held, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 """
 
 
-@pytest.mark.parametrize(
-    "kind", ["nf4", pytest.param("chatglm-int4", marks=pytest.mark.slow), pytest.param("int8", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nf4", "chatglm-int4", "int8"])
 def test_loading_holds_no_16_bit_copy(kind: str, tmp_path: Path):
     """Peak above what the process had: what stays, and the pieces on the way (20 MB, whatever the model), not the weights in 16 bits."""
     small = published.glm(tmp_path / "small", "THUDM/chatglm3-6b")
