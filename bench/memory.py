@@ -1,6 +1,9 @@
 """The memory estimate of `glmtune show` against the measured peak of the training process, over settings.
 
-python bench/memory.py FILE.json [rows] [steps]      peaks are those of whole processes, model loading and program included
+    python bench/memory.py FILE.json [rows] [--save memory.txt]
+
+Eight rows a step, one pass, 1,024 tokens at once, so that micro-batches are full and the heap has time to grow. Peaks are those of
+whole processes (`peak_memory_gb` of log.jsonl): program, loading and training; the checkpoint at the end is not in them.
 """
 
 import json
@@ -10,13 +13,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
 SETTINGS = {
     "lora, bf16": ["precision=bf16"],
     "lora, fp32": ["precision=fp32"],
-    "lora, fp32, micro_tokens 6144": ["precision=fp32", "optim.micro_tokens=6144"],
     "lora, bf16, dropout": ["precision=bf16", "method.dropout=0.05"],
     "dora, fp32": ["precision=fp32", "method.dora=true"],
-    "lora, fp32, checkpointing": ["precision=fp32", "checkpointing=true", "optim.micro_tokens=6144"],
+    "lora, fp32, checkpointing": ["precision=fp32", "checkpointing=true"],
     "lora, nf4": ["precision=bf16", "quant=nf4"],
     "prefix, bf16": ["precision=bf16", "method=prefix"],
     "freeze, fp32": ["precision=fp32", "method=freeze"],
@@ -26,18 +29,29 @@ SETTINGS = {
 
 
 def main() -> None:
-    file, rows, steps = sys.argv[1], *(sys.argv[2:] + ["64", "3"][len(sys.argv) - 2 :])
-    print(f"{'setting':32} estimated  measured  ratio")
+    given = [argument for argument in sys.argv[1:] if argument != "--save"]
+    save = given.pop() if "--save" in sys.argv else None
+    file, rows = given[0], int(given[1]) if len(given) > 1 else 48
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+        lines.append(line)
+        if save:  # after each, so that an interrupted run leaves what it has
+            (ROOT / "bench" / "results" / save).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    say(f"$ python bench/memory.py {Path(file).name} {rows}")
+    say(f"{'setting':32} estimated  measured  ratio")
     for name, options in SETTINGS.items():
         with tempfile.TemporaryDirectory() as folder:
-            given = [
-                "model=smollm2-135m-instruct", f"data={file}", f"data.0.max_samples={rows}", f"optim.steps={steps}", "samples=[]", "max_length=2048",
-                *options,
+            usual = [
+                "model=smollm2-135m-instruct", f"data={file}", f"data.0.max_samples={rows}", "optim.epochs=1", "optim.batch_size=8",
+                "optim.micro_tokens=1024", "samples=[]", "max_length=2048",
             ]  # fmt: skip
-            shown = json.loads(run("show", *given, "--json"))
-            run("train", *given, f"out={folder}/out")
+            shown = json.loads(run("show", *usual, *options, "--json"))
+            run("train", *usual, *options, f"out={folder}/out")
             peak = max(json.loads(line)["peak_memory_gb"] for line in Path(folder, "out/log.jsonl").read_text().splitlines())
-        print(f"{name:32} {shown['memory_gb']:9.2f} {peak:9.2f} {shown['memory_gb'] / peak:6.2f}", flush=True)
+        say(f"{name:32} {shown['memory_gb']:9.2f} {peak:9.2f} {shown['memory_gb'] / peak:6.2f}")
 
 
 def run(*arguments: str) -> str:

@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # transformers may load bitsandbytes behind our back; it then tells everybody about a faster kernel of Intel's.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["Loaded", "Report", "Run", "UserError", "load", "load_run", "train"]
 
 _HOME = {

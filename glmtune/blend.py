@@ -86,8 +86,9 @@ def mix(
     with new_folder(to) as work:
         write(work, made, name if base is None else base_name(name, base), families.linear_names(base) if base is not None else ())
         _carry([adapter.folder for adapter in adapters], work, say)
-        about = " + ".join(f"{weight:g} {adapter.folder.name}" for weight, adapter in zip(weights, adapters))
-        write_text(work / "README.md", readme(name, base, f"Mix of LoRA adapters by {how}: {about}"))
+        about = " + ".join(f"{weight:g} {_named(adapter.folder)}" for weight, adapter in zip(weights, adapters))
+        known = base if base is not None else Path(name) if (Path(name) / "config.json").is_file() else None
+        write_text(work / "README.md", readme(name, known, f"Mix of LoRA adapters by {how}: {about}"))
     return Path(to)
 
 
@@ -157,6 +158,11 @@ def _block(name: str) -> str:
 
 # --- mathematics --------------------------------------------------------------------------------------------------------
 # An update is scaling B A; each function returns one with scaling 1, in fp32.
+
+
+def _named(folder: Path) -> str:
+    """A run's adapter is called after the run."""
+    return folder.resolve().parent.name if folder.name == "adapter" else folder.name
 
 
 def _cat(parts: Sequence[Part]) -> Layer:

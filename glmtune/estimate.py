@@ -1,7 +1,7 @@
 """What a run needs, before anything is loaded: memory, time and room on the disk, from shapes and lengths alone.
 
-Memory counts what stays: weights, what learns, and the tensors that the backward pass keeps (read off the code of the two paths,
-forward.py). docs/memory.md compares it with measured peaks. Nothing is tried out: a probe step would change the run.
+Memory counts what stays: weights, what learns, and the tensors that the backward pass keeps on each of the two paths (forward.py).
+bench/memory.py compares it with measured peaks (bench/results/memory.txt). Nothing is tried out: a probe step would change the run.
 """
 
 import shutil
@@ -13,10 +13,14 @@ from typing import Any
 from .errors import UserError
 
 GB = 1e9
-PROGRAM = 0.62 * GB  # Python, torch and transformers, loaded
+PROGRAM = 0.42 * GB  # Python, torch, transformers and the rows: resident with a model loaded, less its weights
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 PACKED = {"nf4": 0.517, "int8": 1.0, "chatglm-int4": 0.5, "chatglm-int8": 1.0}  # bytes a weight, scales included
 OPTIMIZER = {"adamw": 8.0, "adamw8bit": 2.1, "adafactor": 0.1}  # bytes a trained number
+# A CPU's heap over what lives in it. torch asks for aligned blocks, and glibc (2.36) cuts the rest off each: a freed block is then too small
+# for the next tensor of its own size, so that over some steps most exist twice, once live and once as a hole (measured 1.5 to 2.4).
+# With every block mapped by itself (MALLOC_MMAP_THRESHOLD_=65536, too slow to train with) LoRA's peak is what lives, within 2 %.
+HEAP = 2.0
 LOGITS = 3 * 256  # rows of the vocabulary's width that exist at one time (losses.CHUNK: logits, their softmax, its gradient)
 
 
@@ -63,6 +67,9 @@ class Setting:
     checkpointing: bool = False
     fused: bool = False
     depth: float = 1.0  # share of the blocks that gradients pass through (freeze: the trained ones and those above)
+    dropout: bool = False  # lora: with dropout
+    dora: bool = False  # lora: DoRA
+    cpu: bool = True  # tensors live in the C library's heap
 
 
 def lora_parameters(shapes: dict[str, list[int]], ranks: dict[str, int], shared: Sequence[Sequence[str]] = ()) -> int:
@@ -91,23 +98,45 @@ def memory(shape: Shape, how: Setting) -> dict[str, float]:
 
 
 def _activations(shape: Shape, how: Setting) -> float:
-    """Of one micro-batch. Widths: d of the model, q of all query heads, k of all key heads, f inside the MLP."""
-    d, q, k, f, s = shape.hidden, shape.queries, shape.keys, shape.inner, BYTES[how.precision]
-    head = LOGITS * shape.vocab * 4.0 + (shape.vocab * d * 4.0 if how.method == "full" and s == 2 else 0)
+    """Of one micro-batch. What is kept was counted storage by storage (torch.autograd.graph.saved_tensors_hooks)."""
+    d, q, k, f = shape.hidden, shape.queries, shape.keys, shape.inner
     if how.fused:  # fp32 the block's input and its middle; in storage dtype q, k, v, attention's output, gate and up
-        layer = 8 * d + s * (2 * q + 2 * k + 2 * f)
-        return how.tokens * (layer * shape.layers + 4 * (4 * d + 3 * f)) + head
-    # modules: two inputs of norms, q, repeated k and v, attention's output, and gate, its silu, up: all fp32
-    layer = 4.0 * (2 * d + 2 * q + 2 * q + 3 * f)
-    if how.method == "lora":
-        layer += 4 * (2 * d + f)  # what LoRA's A reads
-    if how.method in ("freeze", "full"):
-        layer += s * (2 * d + q + f) if s == 2 else 4 * (2 * d + f)  # what the weights' gradients need
-    passing = 4.0 * (4 * d + 4 * q + 4 * f)  # made and dropped within a block
-    if how.checkpointing:
-        return how.tokens * (4 * d * shape.layers + layer + passing) + head
-    copies = 2.0 * shape.linear * how.depth if how.method in ("freeze", "full") and s == 2 else 0.0  # weights cast for products
-    return how.tokens * (layer * shape.layers * how.depth + passing) + head + copies
+        layer, passing = 8.0 * d + BYTES[how.precision] * (2 * q + 2 * k + 2 * f), 4.0 * (4 * d + 3 * f)
+    else:
+        layer, passing = _kept_by_modules(shape, how), 4.0 * (4 * d + 4 * q + 4 * f)  # passing: made and dropped within a block
+    if how.quant:  # the backward of a packed product: its sum in fp32, a piece's product, the sum cast (quant._Product)
+        passing += 8 * f
+    if how.checkpointing:  # the inputs of all blocks, and one block whole
+        kept = 4.0 * d * shape.layers + layer
+    else:
+        kept = layer * shape.layers * how.depth
+    live = how.tokens * (kept + passing) + _casts(shape, how)
+    return live * (HEAP if how.cpu else 1.0) + LOGITS * shape.vocab * 4.0  # logits are large enough to be mapped by themselves
+
+
+def _kept_by_modules(shape: Shape, how: Setting) -> float:
+    """Bytes a token that autograd keeps of a Llama-shaped block. Widths as above: d, q (all query heads), k (all key heads), f."""
+    d, q, k, f = shape.hidden, shape.queries, shape.keys, shape.inner
+    # Inputs of both norms; q, repeated k and v, attention's output (o reads it where it is); gate, its silu, up: all fp32.
+    layer = 4.0 * (2 * d + 4 * q + 3 * f)
+    if how.tokens > how.longest:  # several rows, of different lengths: each layer makes their mask [rows, 1, S, S] fp32
+        layer += 4.0 * how.longest
+    if how.method == "lora" and how.dropout:  # each adapter (q, k, v, gate, up; o; down) keeps its own x and the scale it was given
+        layer += 2 * 4.0 * (5 * d + q + f)
+    elif how.method == "lora":  # what A reads: one x for layers with the same input, o's is there already
+        layer += 4.0 * (2 * d + f)
+    if how.dora:  # y of every layer before it is brought to its length
+        layer += 4.0 * (2 * d + q + 2 * k + 2 * f)
+    if how.method in ("freeze", "full"):  # the normed x for the norms' weights; what the others read, 16 bits cast for each
+        layer += 4.0 * 2 * d + (4.0 * (2 * d + f) if how.precision == "fp32" else 2.0 * (5 * d + q + f))
+    return layer
+
+
+def _casts(shape: Shape, how: Setting) -> float:
+    """Trained weights are fp32 and cast for their products; the casts are kept for the backward (checkpointing: those of one block)."""
+    if how.method not in ("freeze", "full") or how.precision == "fp32":
+        return 0.0
+    return 2.0 * shape.linear * (1 / shape.layers if how.checkpointing else how.depth)
 
 
 def flops(shape: Shape, how: Setting, tokens: float, learned: float) -> float:
@@ -185,17 +214,18 @@ def _smaller(shape: Shape, how: Setting) -> Iterator[tuple[str, tuple[Shape, Set
         how = replace(how, precision="bf16")
         yield step("precision=bf16", shape, how)
     if how.method in ("freeze", "full"):
-        how = replace(how, method="lora", depth=1.0)
-        shape = replace(shape, trainable=shape.parameters // 100)
-        said.clear()
-        said.append("checkpointing=true precision=bf16")
-        yield step("method=lora", shape, how)
+        how = replace(how, method="lora", precision="bf16", optimizer="adamw", depth=1.0)
+        shape = replace(shape, trainable=lora_size(shape))
+        said[:] = [text for text in said if not text.startswith(("optim=", "precision="))]
+        yield step("method=lora precision=bf16", shape, how)
     if how.quant is None:
         how = replace(how, quant="nf4", precision="bf16")
         yield step("quant=nf4", shape, how)
+    said[:] = [text for text in said if not text.startswith("optim.micro_tokens=")]
     while how.longest > 64:
-        how = replace(how, tokens=how.longest // 2, longest=how.longest // 2, learned=min(how.learned, how.longest // 2))
-        yield " ".join([*said, f"max_length={how.longest} too_long=skip"]), (shape, how)
+        half = how.longest // 2
+        how = replace(how, tokens=half, longest=half, learned=min(how.learned, half))
+        yield " ".join([*said, f"max_length={half} too_long=skip optim.micro_tokens={half}"]), (shape, how)
 
 
 FITS = (  # what people try, from the most to the least demanding
@@ -206,14 +236,22 @@ LENGTHS = (8192, 4096, 2048, 1024, 512, 256, 128)
 
 
 def fitting(shape: Shape, available: float) -> list[dict[str, Any]]:
-    """For `glmtune doctor MODEL --fit`: of each usual way to tune, the longest rows that fit one at a time, and how many of them at once."""
+    """For `glmtune doctor MODEL --fit`: of each usual way to tune, the longest rows that fit one at a time, and how many of them at once.
+
+    On a card: a CPU needs more, for its heap has holes."""
     found = []
     for method, quant, checkpointing in FITS:
         trained = {"full": shape.parameters, "freeze": 3 * shape.linear // shape.layers, "prefix": 128 * shape.layers * shape.keys}
         own = replace(shape, trainable=trained.get(method) or lora_size(shape))
         optimizer = "adamw8bit" if method == "full" and checkpointing else "adamw"
         base = Setting(
-            method, "bf16", quant, optimizer, checkpointing=checkpointing, depth=3 / shape.layers if method == "freeze" else 1.0
+            method,
+            "bf16",
+            quant,
+            optimizer,
+            checkpointing=checkpointing,
+            depth=3 / shape.layers if method == "freeze" else 1.0,
+            cpu=False,
         )
 
         def need(length: int, rows: int, base: Setting = base, own: Shape = own) -> float:

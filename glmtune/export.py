@@ -65,7 +65,7 @@ def export(
     kept = loaded.dtype
     estimate.refuse_room(to, families.num_parameters(place.base) * kept.itemsize)
     if place.adapter is not None and not unmerged:
-        _merge(loaded, place, template, rounding, say)
+        _merge(loaded, place, template, rounding, False, say)
     work = to.with_name(f".{to.name}.part")
     shutil.rmtree(work, ignore_errors=True)
     try:
@@ -87,7 +87,9 @@ def export(
     return to
 
 
-def _merge(loaded: Any, place: families.Place, template: Template | None, rounding: str, say: Callable[[str], None]) -> None:
+def _merge(
+    loaded: Any, place: families.Place, template: Template | None, rounding: str, single: bool, say: Callable[[str], None]
+) -> None:
     kept = loaded.dtype
     assert place.adapter is not None
     methods.prepare(loaded, kept)
@@ -96,7 +98,7 @@ def _merge(loaded: Any, place: families.Place, template: Template | None, roundi
     if texts:
         left = merging.merge(loaded, texts, kept, rounding)
         say(f"merged {place.adapter} into the weights; compared on {what}")
-        merging.advice(left, kept, rounding, say)
+        merging.advice(left, kept, rounding, single, say)
     else:
         methods.merge(loaded)
         for parameter in loaded.parameters():
@@ -137,7 +139,7 @@ def _to_gguf(
     merged = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "q8_0": "fp16"}[outtype]
     loaded = families.load_model(place.base, dtype="auto" if place.adapter is None else merged, device="cpu")
     if place.adapter is not None:
-        _merge(loaded, place, template, rounding, say)
+        _merge(loaded, place, template, rounding, True, say)
     if place.system:
         say(f"it was trained with the system prompt: {place.system!r}; give it to llama.cpp too")
     say(f"writing {families.num_parameters(place.base) / 1e6:.0f} M parameters as {outtype} ...")

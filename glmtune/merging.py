@@ -104,15 +104,15 @@ def _logits(model: Any, examples: Sequence[Example]) -> Tensor:
     return torch.cat(found)
 
 
-def advice(kept: Kept | None, dtype: torch.dtype, rounding: str, say: Callable[[str], None]) -> None:
-    """Tells what is left, and what to do where it is too little."""
+def advice(kept: Kept | None, dtype: torch.dtype, rounding: str, single: bool, say: Callable[[str], None]) -> None:
+    """Tells what is left, and what to do where it is too little. single: a GGUF file is written, not a folder."""
     if kept is None:
         say("warning: this adapter changes nothing: with and without it the model says the same")
         return
     say(f"merged: {kept}")
     if kept.share < ENOUGH:
-        ways = ["keep the adapter apart (--unmerged)", "merge into --dtype fp32"]
-        ways += ["or fp16, whose steps are finer"] if dtype == torch.bfloat16 else []
+        ways = ["write --outtype f32"] if single else ["keep the adapter apart (--unmerged)", "merge into --dtype fp32"]
+        ways += ["or f16, whose steps are finer" if single else "or fp16, whose steps are finer"] if dtype == torch.bfloat16 else []
         ways += ["or round at random, which loses nothing on average (--rounding stochastic)"] if rounding == "nearest" else []
         say(
             f"warning: the rest is smaller than half a step of a {str(dtype).removeprefix('torch.')} weight and was rounded away; {', '.join(ways)}"

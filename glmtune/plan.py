@@ -16,7 +16,7 @@ import numpy as np
 
 from . import data, estimate, families, mixing, sources
 from .chat import JOIN, Template
-from .errors import UserError
+from .errors import UserError, did_you_mean
 from .records import Conversation
 from .run import DEFAULT_LR, Run, Source
 from .stages import STAGES, Limits
@@ -109,8 +109,37 @@ def _method(run: Run, folder: Path) -> Any:
         given = families.published_targets(None if given == ["all-linear"] else given, folder)
         targets = families.pick_targets(given, families.linear_names(folder))
         families.lora_sizes(method, targets)  # names in ranks and alphas
+        _check_beside(method, folder)
         method = method.model_copy(update={"targets": targets})
     return method
+
+
+def _check_beside(method: Any, folder: Path) -> None:
+    """Names in `modules_to_save` and folders in `under`, before a model is loaded. Raises UserError."""
+    linear = set(families.linear_names(folder))
+    modules = {name.rsplit(".", 1)[0] for name in families.tensor_shapes(folder)} - linear | {"lm_head"}
+    for one in method.modules_to_save:
+        if not any(families.is_module(name, one) for name in modules):
+            leaves = sorted({name.split(".")[-1] for name in modules})
+            raise UserError(
+                f"method.modules_to_save names '{one}'; besides the linear layers this model has {leaves}{did_you_mean(one, leaves)}"
+            )
+    for given in method.under:
+        config = _adapter_config(given)
+        if config is None or config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("modules_to_save"):
+            what = "is neither an adapter nor a finished run" if config is None else "is not a plain LoRA adapter"
+            raise UserError(f"method.under: {given} {what}; only plain LoRA adapters can stay beneath another one")
+
+
+def _adapter_config(given: str) -> dict[str, Any] | None:
+    """adapter_config.json of an adapter's or a run's folder; None where there is none."""
+    folder = Path(given).expanduser()
+    folder = folder if (folder / "adapter_config.json").is_file() else folder / "adapter"
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) else None
 
 
 # adapter_config.json -> option. What is not given follows from the adapter; what is given must agree with it.
@@ -123,15 +152,12 @@ _SAID_BY_ADAPTER = {
 
 def _continued(method: Any) -> Any:
     """method.start: rank, targets and the like are those of the adapter."""
-    folder = Path(method.start).expanduser()
-    folder = folder if (folder / "adapter_config.json").is_file() else folder / "adapter"
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        kind = {"LORA": "lora", "PREFIX_TUNING": "prefix"}.get(config.get("peft_type"))
-    except (OSError, ValueError, AttributeError):
+    config = _adapter_config(method.start)
+    if config is None:
         raise UserError(
             f"method.start={method.start} is neither an adapter nor a finished run; wanted a folder with adapter_config.json"
-        ) from None
+        )
+    kind = {"LORA": "lora", "PREFIX_TUNING": "prefix"}.get(config.get("peft_type", ""))
     if kind is None or kind != method.kind:
         raise UserError(
             f"method.start={method.start} holds a {kind or config.get('peft_type')} adapter, this run has method={method.kind}"

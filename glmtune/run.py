@@ -160,6 +160,12 @@ class Lora(Options):
         description="trained LoRA adapters that stay switched on, frozen, beneath the new one; the result holds them too",
     )
 
+    @model_validator(mode="after")
+    def _one_start(self) -> "Lora":
+        if self.pissa and self.share_a:
+            raise ValueError("pissa starts each layer's A from its own weight, share_a gives q, k and v one A; give one")
+        return self
+
 
 class Prefix(Options):
     """P-Tuning v2 (arXiv 2110.07602): learned keys and values in front of every layer's own, as ChatGLM-6B publishes it."""

@@ -50,6 +50,7 @@ def test_weights_and_what_learns_by_hand():
         (setting(tokens=16), 4 * (8 + 16 + 18) + 4 * (8 + 6) + 4 * 8, 4 * 56, 0),  # two rows: a mask of 8 columns
         (setting(dora=True), 4 * (8 + 16 + 18) + 4 * (8 + 6) + 4 * (8 + 4 + 4 + 12), 4 * 56, 0),
         (setting(dropout=True), 4 * (8 + 16 + 18) + 8 * (20 + 4 + 6), 4 * 56, 0),
+        (setting(quant="nf4"), 4 * (8 + 16 + 18) + 4 * (8 + 6), 4 * 56 + 8 * 6, 0),
         (setting("prefix"), 4 * (8 + 16 + 18), 4 * 56, 0),
         (setting("full"), 4 * (8 + 16 + 18) + 4 * 8 + 4 * (8 + 6), 4 * 56, 0),
         (setting("full", "bf16"), 4 * (8 + 16 + 18) + 4 * 8 + 2 * (20 + 4 + 6), 4 * 56, 2 * 240),  # and the cast weights

@@ -639,3 +639,16 @@ def test_stochastic_rounding_is_right_on_average() -> None:
         assert set(made[:, 0].tolist()) == {1.0} and made[:, 5].abs().max() == 0
         step = (torch.nextafter(near, torch.full_like(near, 9)).float() - near.float()).abs()
         assert ((made.float().mean(0) - weight[0]).abs() <= 0.02 * step + 1e-9).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["method.modules_to_save=[lm_haed]"], "did you mean 'lm_head'"),
+        (["method.under=[nowhere]"], "method.under: nowhere is neither an adapter nor a finished run"),
+        (["method.pissa=true", "method.share_a=true"], "share_a gives q, k and v one A; give one"),
+    ],
+)
+def test_show_refuses_what_train_would(tiny_model: Path, rows_file: Path, tmp_path: Path, options: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        plan.make(started(tiny_model, rows_file, tmp_path / "out", options))
