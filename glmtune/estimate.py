@@ -17,10 +17,12 @@ PROGRAM = 0.42 * GB  # Python, torch, transformers and the rows: resident with a
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 PACKED = {"nf4": 0.517, "int8": 1.0, "chatglm-int4": 0.5, "chatglm-int8": 1.0}  # bytes a weight, scales included
 OPTIMIZER = {"adamw": 8.0, "adamw8bit": 2.1, "adafactor": 0.1}  # bytes a trained number
-# A CPU's heap over what lives in it. torch asks for aligned blocks, and glibc (2.36) cuts the rest off each: a freed block is then too small
-# for the next tensor of its own size, so that over some steps most exist twice, once live and once as a hole (measured 1.5 to 2.4).
-# With every block mapped by itself (MALLOC_MMAP_THRESHOLD_=65536, too slow to train with) LoRA's peak is what lives, within 2 %.
-HEAP = 2.0
+# Holes in a CPU's heap. torch asks for aligned blocks, and glibc (2.36) cuts the rest off each: a freed block is then too small for the next
+# tensor of its own size, so that over some steps there comes to be a hole for every tensor of a pass (measured: 0.7 to 1.6 times as much).
+# Checkpointing makes the same tensors, so it leaves the same holes. Blocks above MAPPED bytes are not in the heap and leave none. With every
+# block mapped by itself (MALLOC_MMAP_THRESHOLD_=65536, too slow to train with) LoRA's peak is what lives, within 2 %.
+HOLES = 1.0
+MAPPED = 32 << 20
 LOGITS = 3 * 256  # rows of the vocabulary's width that exist at one time (losses.CHUNK: logits, their softmax, its gradient)
 
 
@@ -106,12 +108,11 @@ def _activations(shape: Shape, how: Setting) -> float:
         layer, passing = _kept_by_modules(shape, how), 4.0 * (4 * d + 4 * q + 4 * f)  # passing: made and dropped within a block
     if how.quant:  # the backward of a packed product: its sum in fp32, a piece's product, the sum cast (quant._Product)
         passing += 8 * f
-    if how.checkpointing:  # the inputs of all blocks, and one block whole
-        kept = 4.0 * d * shape.layers + layer
-    else:
-        kept = layer * shape.layers * how.depth
-    live = how.tokens * (kept + passing) + _casts(shape, how)
-    return live * (HEAP if how.cpu else 1.0) + LOGITS * shape.vocab * 4.0  # logits are large enough to be mapped by themselves
+    whole = layer * shape.layers * how.depth
+    kept = 4.0 * d * shape.layers + layer if how.checkpointing else whole  # the inputs of all blocks, and one block whole
+    live, made = (how.tokens * (size + passing) + _casts(shape, how) for size in (kept, whole))
+    holes = HOLES * made if how.cpu and 4 * how.tokens * f < MAPPED else 0.0
+    return live + holes + LOGITS * shape.vocab * 4.0  # logits are large enough to be mapped by themselves
 
 
 def _kept_by_modules(shape: Shape, how: Setting) -> float:
@@ -153,7 +154,7 @@ def matmul_rate(device: Any, precision: str) -> float:
     import torch
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    size = 4096 if device.type == "cuda" else 1024
+    size = 4096 if device.type == "cuda" else 256 if precision == "fp16" else 1024  # a CPU's fp16 may take seconds
     a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
 
     def wait() -> float:

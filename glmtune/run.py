@@ -368,7 +368,7 @@ class Run(Options):
 DEFAULT_LR = {
     "lora": 2e-4,
     "prefix": 1e-2,
-    "freeze": 2e-5,
+    "freeze": 5e-5,
     "full": 1e-5,
 }  # per method; others published and measured values stand in LOG.md
 

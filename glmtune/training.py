@@ -257,6 +257,7 @@ def setting(made: plan.Plan, settings: dict[str, Any]) -> estimate.Setting:
     return estimate.Setting(
         run.method.kind, settings["precision"], settings["quant"], run.optim.kind, tokens, longest, round(tokens * learned),
         settings["checkpointing"], _fused(made, settings), depth,
+        bool(getattr(made.method, "dropout", 0)), bool(getattr(made.method, "dora", False)), settings["device"] == "cpu",
     )  # fmt: skip
 
 

@@ -70,11 +70,19 @@ def test_only_the_trained_blocks_keep_anything():
     assert whole - half == 8 * (4 * (8 + 16 + 18) + 4 * 8 + 4 * (8 + 6))
 
 
-def test_the_heap_of_a_cpu_holds_more_than_what_lives():
+def test_a_cpus_heap_has_a_hole_for_every_tensor_of_a_pass():
     for method in ("lora", "prefix", "freeze", "full"):
         card, cpu = (estimate.memory(TINY, setting(method, cpu=cpu)) for cpu in (False, True))
-        assert cpu.pop("activations") - HEAD == estimate.HEAP * (card.pop("activations") - HEAD) > 0
+        made = card.pop("activations") - HEAD
+        assert cpu.pop("activations") - HEAD == pytest.approx((1 + estimate.HOLES) * made)
         assert cpu == card
+        again = [estimate.memory(TINY, setting(method, cpu=cpu, checkpointing=True))["activations"] for cpu in (False, True)]
+        assert again[1] - again[0] == pytest.approx(estimate.HOLES * made)  # what is made again leaves the same holes
+
+
+def test_large_blocks_are_not_in_the_heap():
+    large = setting(tokens=estimate.MAPPED // 24 + 1, longest=8)  # 4 bytes, 6 wide
+    assert estimate.memory(TINY, replace(large, cpu=True)) == estimate.memory(TINY, large)
 
 
 @pytest.fixture(scope="module")
