@@ -191,8 +191,14 @@ def _encoded(stream: data.Stream, wanted: Wanted, workers: int) -> Iterator[tupl
             break
     else:
         return
-    with multiprocessing.get_context("fork").Pool(workers, gc.freeze) as pool:  # what was there before is never garbage
+    with multiprocessing.get_context("fork").Pool(workers, _quiet) as pool:
         yield from _ordered(pool, lots, ahead=4 * workers)
+
+
+def _quiet() -> None:
+    """In a worker: what was there before is never garbage, and rows make none that needs looking for often."""
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
 
 
 def _ordered(pool: Any, lots: Iterator[Any], ahead: int) -> Iterator[tuple[Block, Tally, float | None]]:
