@@ -282,7 +282,10 @@ def resumed(run: Any, out: Path, step: int) -> Path:
     return out
 
 
-@pytest.mark.parametrize("name", RUNS)
+QUICK = ("dora", "modules", "neftune, dropout", "freeze bf16", "8 bits", "adafactor", "fp16", "prefix, projection")
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RUNS])
 def test_a_resumed_run_is_the_straight_run_and_is_counted_right(
     name: str, tiny_model: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
