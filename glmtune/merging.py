@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from . import methods
-from .errors import UserError
 from .layers import Linear, blocks
 from .records import Example
 
@@ -38,10 +37,7 @@ def merge(model: Any, examples: Sequence[Example], dtype: torch.dtype, rounding:
 
     rounding: "nearest", or "stochastic": up or down at random, by nearness, so that on average nothing is lost (arXiv 1502.02551).
     """
-    if methods.prefix.of(model) is not None:
-        raise UserError(
-            "a prefix adapter (P-Tuning v2) is no change of the weights and cannot be merged; export with --unmerged keeps it beside them"
-        )
+    methods.check_mergeable(model)
     held = {name: layer.compute for name, layer in model.named_modules() if isinstance(layer, Linear)}
     for name in held:
         model.get_submodule(name).compute = torch.float32
@@ -54,15 +50,10 @@ def merge(model: Any, examples: Sequence[Example], dtype: torch.dtype, rounding:
     for name, layer in blocks(model).items():
         layer.under = under[name]
     generator = torch.Generator().manual_seed(seed)
-    for name, layer in blocks(model).items():
-        weight = methods.merged_weight(layer)
-        if weight is not None:
-            if layer.packed is not None:
-                raise UserError(
-                    f"{name} is kept packed; an adapter is merged into the original weights: open the model without quant"
-                )
-            layer.weight.data = stochastic(weight, dtype, generator) if rounding == "stochastic" else weight.to(dtype)
-            layer.lora_A = layer.lora_B = layer.lora_magnitude = layer.under = None
+    if rounding == "stochastic":
+        methods.merge(model, lambda weight, kind: stochastic(weight, kind, generator))
+    else:
+        methods.merge(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     merged = _logits(model, examples)

@@ -6,7 +6,7 @@ Adapters are files in PEFT's layout; `layers.Linear` computes LoRA, `prefix` com
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from . import prefix
-from .errors import UserError, did_you_mean
-from .families import frozen_choice, is_module, lora_sizes, pick_targets, sharing
+from .errors import UserError
+from .families import frozen_choice, lora_sizes, named_whole, pick_targets, plain_lora, sharing
 from .layers import Embedding, Linear, RowNoise, blocks, prepare, prepared
 from .run import Freeze, Full, Lora, Prefix
 from .tensors import compare, read_tensors, save_full, sync_folder, write_tensors, write_text
@@ -124,17 +124,8 @@ def saved_whole(model: nn.Module, wanted: Sequence[str]) -> list[str]:
     held = {name: module for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
     held = {name: module for name, module in held.items() if not isinstance(module, Linear) or module is head}
     held = {name: module for name, module in held.items() if not isinstance(module, prefix.Encoder)}
-    chosen: dict[str, None] = {}
-    for one in wanted:
-        found = [name for name in held if is_module(name, one)]
-        if not found:
-            leaves = sorted({name.split(".")[-1] for name in held})
-            raise UserError(
-                f"method.modules_to_save names '{one}'; besides the linear layers this model has {leaves}{did_you_mean(one, leaves)}"
-            )
-        ids = {id(p) for name in found for p in held[name].parameters(recurse=False)}
-        chosen |= {name: None for name, m in held.items() if any(id(p) in ids for p in m.parameters(recurse=False))}
-    return list(chosen)
+    ids = {id(p) for name in named_whole(wanted, held) for p in held[name].parameters(recurse=False)}
+    return [name for name, module in held.items() if any(id(p) in ids for p in module.parameters(recurse=False))]
 
 
 def _set_lora(layer: Linear, A: Tensor, B: Tensor, scaling: float, magnitude: Tensor | None = None) -> None:
@@ -153,8 +144,10 @@ def _add_under(layer: Linear, A: Tensor, B: Tensor) -> None:
 
 def _put_under(model: nn.Module, folder: Path) -> None:
     config, _ = read_adapter(folder)
-    if config["peft_type"] != "LORA" or config.get("use_dora") or config.get("modules_to_save"):
-        raise UserError(f"method.under: {folder} is not a plain LoRA adapter; only those can stay beneath another one")
+    if not plain_lora(config):
+        raise UserError(
+            f"method.under: {folder} is not a plain LoRA adapter; only plain LoRA adapters can stay beneath another one"
+        )
     load(model, folder)
     for layer in blocks(model).values():
         if layer.lora_A is not None and layer.lora_B is not None:
@@ -283,19 +276,27 @@ def unload(model: nn.Module) -> None:
     _swap(model, whole)
 
 
-def merge(model: nn.Module) -> None:
-    """Adds the adapter to the weights, in place, and takes it off: W + B A * scaling (DoRA: its rows at their learned lengths), summed in
-    fp32, kept in W's dtype. Raises UserError for a prefix, which is no change of weights, and for packed weights."""
+def check_mergeable(model: nn.Module) -> None:
+    """Raises UserError for a prefix, which is no change of weights, and for packed weights."""
     if prefix.of(model) is not None:
-        raise UserError("a prefix adapter (P-Tuning v2) is no change of the weights and cannot be merged; keep it beside the model")
-    for name, layer in blocks(model).items():
+        raise UserError(
+            "a prefix adapter (P-Tuning v2) is no change of the weights and cannot be merged; export with --unmerged keeps it beside them"
+        )
+    adapted = {name: layer for name, layer in blocks(model).items() if layer.lora_B is not None or layer.under is not None}
+    packed = next((name for name, layer in adapted.items() if layer.packed is not None), None)
+    if packed is not None:
+        raise UserError(f"{packed} is kept packed; an adapter is merged into the original weights: open the model without quant")
+
+
+def merge(model: nn.Module, cast: Callable[[Tensor, torch.dtype], Tensor] = Tensor.to) -> None:
+    """Adds the adapter to the weights, in place, and takes it off: W + B A * scaling (DoRA: its rows at their learned lengths), summed in
+    fp32, kept in W's dtype by `cast`. Raises UserError as `check_mergeable`."""
+    check_mergeable(model)
+    for layer in blocks(model).values():
         merged = merged_weight(layer)
-        if merged is None:
-            continue
-        if layer.packed is not None:
-            raise UserError(f"{name} is kept packed; an adapter is merged into the original weights: open the model without quant")
-        layer.weight.data = merged.to(layer.weight.dtype)
-        layer.lora_A = layer.lora_B = layer.lora_magnitude = layer.under = None
+        if merged is not None:
+            layer.weight.data = cast(merged, layer.weight.dtype)
+            layer.lora_A = layer.lora_B = layer.lora_magnitude = layer.under = None
 
 
 def merged_weight(layer: Linear) -> Tensor | None:

@@ -64,7 +64,7 @@ def state_of(
     tensors, numbers = {}, {}
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor):  # copies: bitsandbytes shares its tables, and a file holds nothing twice
                 tensors[f"{name}.{key}"] = value.detach().cpu().clone()
             else:
                 numbers[f"{name}.{key}"] = value

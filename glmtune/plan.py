@@ -16,7 +16,7 @@ import numpy as np
 
 from . import data, estimate, families, mixing, sources
 from .chat import JOIN, Template
-from .errors import UserError, did_you_mean
+from .errors import UserError
 from .records import Conversation
 from .run import DEFAULT_LR, Run, Source
 from .stages import STAGES, Limits
@@ -118,15 +118,10 @@ def _check_beside(method: Any, folder: Path) -> None:
     """Names in `modules_to_save` and folders in `under`, before a model is loaded. Raises UserError."""
     linear = set(families.linear_names(folder))
     modules = {name.rsplit(".", 1)[0] for name in families.tensor_shapes(folder)} - linear | {"lm_head"}
-    for one in method.modules_to_save:
-        if not any(families.is_module(name, one) for name in modules):
-            leaves = sorted({name.split(".")[-1] for name in modules})
-            raise UserError(
-                f"method.modules_to_save names '{one}'; besides the linear layers this model has {leaves}{did_you_mean(one, leaves)}"
-            )
+    families.named_whole(method.modules_to_save, modules)
     for given in method.under:
         config = _adapter_config(given)
-        if config is None or config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("modules_to_save"):
+        if config is None or not families.plain_lora(config):
             what = "is neither an adapter nor a finished run" if config is None else "is not a plain LoRA adapter"
             raise UserError(f"method.under: {given} {what}; only plain LoRA adapters can stay beneath another one")
 

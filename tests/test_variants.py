@@ -22,14 +22,7 @@ from glmtune.training import train
 
 from . import published, tiny
 from .test_families import quantise
-
-IDS = torch.tensor([[11, 45, 200, 30, 31, 32, 99, 7]])
-
-
-def prepared(folder: Path, compute: torch.dtype = torch.float32) -> Any:
-    model = families.load_model(folder, dtype=compute)
-    methods.prepare(model, compute)
-    return model
+from .test_methods import IDS, logits, prepared
 
 
 def moved(folder: Path, seed: int = 1, **options: Any) -> Any:
@@ -41,11 +34,6 @@ def moved(folder: Path, seed: int = 1, **options: Any) -> Any:
         for parameter in methods.trainable(model).values():
             parameter += torch.randn(parameter.shape, generator=generator) * 0.1
     return model
-
-
-@torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
-    return model(IDS).logits
 
 
 def plain_peft(base: Path, folder: Path) -> torch.Tensor:

@@ -8,7 +8,7 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -220,6 +220,25 @@ def frozen_choice(options: Any, names: Sequence[str]) -> set[str]:
 
 def is_module(name: str, wanted: str) -> bool:
     return name == wanted or name.endswith("." + wanted)
+
+
+def named_whole(wanted: Sequence[str], modules: Iterable[str]) -> set[str]:
+    """Which of `modules` (full names, all but the linear layers of the blocks) the option modules_to_save means. Raises UserError."""
+    modules, chosen = list(modules), set()
+    for one in wanted:
+        found = {name for name in modules if is_module(name, one)}
+        if not found:
+            leaves = sorted({name.split(".")[-1] for name in modules})
+            raise UserError(
+                f"method.modules_to_save names '{one}'; besides the linear layers this model has {leaves}{did_you_mean(one, leaves)}"
+            )
+        chosen |= found
+    return chosen
+
+
+def plain_lora(config: dict[str, Any]) -> bool:
+    """Whether an adapter_config.json is of an adapter that can stay beneath another one, as a sum of low-rank pieces."""
+    return config.get("peft_type") == "LORA" and not config.get("use_dora") and not config.get("modules_to_save")
 
 
 def prefix_parameters(folder: Path, length: int, projection: bool) -> int:
