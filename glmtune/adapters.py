@@ -18,16 +18,15 @@ import torch
 from torch import Tensor
 
 from . import __version__, families
-from .chat import read_object
 from .errors import UserError, did_you_mean
 from .families import weights
-from .methods import PREFIX, of_pattern, shortest
 from .tensors import compare, read_tensors, write_tensors, write_text
 
+PREFIX = "base_model.model."  # of every tensor in PEFT's files
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_model.bin")  # the last: checkpoints of some trainers
 # What a config may hold that changes the function in ways that are not read. enable_lora: peft 0.2's merged layers.
 FOREIGN = (
-    "enable_lora", "layer_replication", "lora_bias", "target_parameters", "trainable_token_indices", "use_qalora", "use_bdlora",
+    "enable_lora", "fan_in_fan_out", "layer_replication", "lora_bias", "target_parameters", "trainable_token_indices", "use_qalora", "use_bdlora",
     "alora_invocation_tokens", "arrow_config", "monteclora_config",
 )  # fmt: skip
 CHANGED_BASES = ("pissa", "olora", "corda", "loftq")  # these beginnings of LoRA change the base's weights too
@@ -74,23 +73,44 @@ class Adapter:
 
 
 def read(path: str | Path) -> Adapter:
-    """A LoRA adapter in PEFT's layout: its folder, the folder of a run, or its weight file.
+    """A LoRA adapter in PEFT's layout: its folder, the folder of a run, or its weight file. Raises UserError as `open_folder` and `lora`."""
+    folder, config, tensors = open_folder(path)
+    if config["peft_type"] != "LORA":
+        raise UserError(
+            f"{folder}: its peft_type is {config['peft_type']}; only LoRA adapters can be imported, exported back, mixed and kept beneath"
+        )
+    return lora(folder, config, tensors)
 
-    Raises UserError: no such folder, no or a broken config, a file that is cut short or holds code, a rank that is not the config's, another
-    kind of adapter, numbers that are not finite.
+
+def open_folder(path: str | Path) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
+    """Folder, adapter_config.json and tensors of a LoRA or a prefix adapter.
+
+    Raises UserError: no such folder, no or a broken config, another kind of adapter, a file that is cut short or holds code.
     """
     folder, file = _find(Path(path).expanduser())
-    config = read_object(folder / "adapter_config.json")
+    config = families.adapter_config(folder)
     if not config:
         raise UserError(
-            f"{folder} holds no adapter_config.json, which names rank, alpha and layers; copy it from where the adapter was trained"
-            + _there(folder)
+            f"{folder} holds no adapter_config.json, which names rank, alpha and layers; copy it from where the adapter was trained. "
+            f"(A prefix of the published scripts has none: glmtune import){_there(folder)}"
         )
-    _check_config(folder, config)
+    if config.get("peft_type") not in ("LORA", "PREFIX_TUNING"):
+        raise UserError(
+            f"{folder / 'adapter_config.json'}: its peft_type is {config.get('peft_type')}; LoRA (also DoRA, rsLoRA, modules_to_save) and "
+            "prefix adapters can be read"
+        )
     tensors = tensors_of(file)
     if not tensors:
         raise UserError(f"{file} holds no tensors: the program that saved it lost them; take an older checkpoint, or train again")
-    return _sorted_out(folder, config, tensors)
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{file}: {name} holds numbers that are not finite; the training broke down, take an older checkpoint")
+    return folder, config, tensors
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    """Of a safetensors or a `.bin` file; the latter through torch's restricted unpickler, so that no code in it is ever run."""
+    return read_tensors(path) if path.suffix == ".safetensors" else weights.unpickle(path)
 
 
 def _find(path: Path) -> tuple[Path, Path]:
@@ -115,16 +135,8 @@ def _there(folder: Path) -> str:
     return f" (there: {', '.join(sorted(p.name for p in folder.iterdir())[:6]) or 'nothing'})"
 
 
-def tensors_of(path: Path) -> dict[str, Tensor]:
-    """Of a safetensors or a `.bin` file; the latter through torch's restricted unpickler, so that no code in it is ever run."""
-    return read_tensors(path) if path.suffix == ".safetensors" else weights.unpickle(path)
-
-
 def _check_config(folder: Path, config: dict[str, Any]) -> None:
     path = folder / "adapter_config.json"
-    kind = str(config.get("peft_type"))
-    if kind != "LORA":
-        raise UserError(f"{path}: its peft_type is {kind}; only LORA adapters can be imported, exported back and mixed")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1:
         raise UserError(
@@ -148,7 +160,10 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
 _LORA = re.compile(r"(?P<layer>.+)\.lora_(?P<part>A|B|magnitude_vector)(?:\.(?!weight$)[^.]+)?(?:\.weight)?")
 
 
-def _sorted_out(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Adapter:
+def lora(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Adapter:
+    """The tensors of a LoRA adapter, sorted. Raises UserError: a rank that is not the config's, half of a pair, tensors of another kind, a
+    config that asks for what is not read."""
+    _check_config(folder, config)
     parts: dict[str, dict[str, Tensor]] = {}
     made = Adapter(folder, config, {})
     saved = [name.split(".")[-1] for name in config.get("modules_to_save") or ()]
@@ -164,19 +179,16 @@ def _sorted_out(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]
             name.startswith("score.") and config.get("task_type") != "SEQ_CLS"
         ):
             made.left_out.append(name)
-        elif name.split(".")[-2] in saved:
+        elif name.rpartition(".")[0].split(".")[-1] in saved:
             made.whole[name] = tensor
         else:
             raise UserError(
                 f"{folder}: {name} is no LoRA tensor of a linear layer; only A, B, DoRA's lengths and modules_to_save can be read"
             )
-        if not bool(torch.isfinite(tensor).all()):
-            raise UserError(
-                f"{folder}: {name} holds numbers that are not finite; the training broke down, take an older checkpoint"
-            )
-    wrong = []
+    whole = {part for name in (*made.whole, *made.left_out) for part in name.split(".")}
+    wrong = [f"{name}: named in modules_to_save, but not there" for name in saved if name not in whole]
     for name, held in parts.items():
-        A, B = held.get("A"), held.get("B")
+        A, B, lengths = held.get("A"), held.get("B"), held.get("magnitude_vector")
         rank = of_pattern(config.get("rank_pattern"), name, config["r"])
         if A is None or B is None:
             wrong.append(f"{name} has no {'A' if A is None else 'B'}")
@@ -184,18 +196,25 @@ def _sorted_out(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]
             wrong.append(f"{name}: A {list(A.shape)} and B {list(B.shape)} do not belong together")
         elif A.shape[0] != rank:
             wrong.append(f"{name} has rank {A.shape[0]}, its adapter_config.json says {rank}")
+        elif bool(config.get("use_dora")) != (lengths is not None) or (lengths is not None and lengths.numel() != len(B)):
+            wrong.append(f"{name}: lora_magnitude_vector and use_dora do not go together")
         else:
             alpha = of_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
             scaling = alpha / (math.sqrt(rank) if made.rslora else rank)
-            made.layers[name] = Layer(A, B, scaling, held.get("magnitude_vector"))
+            made.layers[name] = Layer(A, B, scaling, None if lengths is None else lengths.flatten())
     if wrong:
-        raise UserError(f"{folder}: files of different adapters, or damaged ones: {first(wrong)}; copy the folder again")
+        raise UserError(f"{folder}: files of different adapters, or damaged ones: {listed(wrong)}; copy the folder again")
     if not made.layers:
         raise UserError(f"{folder} holds no LoRA tensors (there: {', '.join(list(tensors)[:3])}); it is another kind of checkpoint")
     return made
 
 
-def first(wrong: Sequence[str]) -> str:
+def of_pattern(pattern: dict[str, Any] | None, name: str, usual: Any) -> Any:
+    """PEFT's rule: keys of rank_pattern and alpha_pattern are regular expressions for the end of a layer's name."""
+    return next((value for key, value in (pattern or {}).items() if re.fullmatch(rf"(.*\.)?({key})", name)), usual)
+
+
+def listed(wrong: Sequence[str]) -> str:
     return "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
 
 
@@ -251,6 +270,13 @@ def write(folder: Path, adapter: Adapter, base: str, linear: Iterable[str] = ())
         "use_dora": adapter.dora,
     }
     write_text(folder / "adapter_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def shortest(chosen: Iterable[str], names: Iterable[str]) -> list[str]:
+    """target_modules: last names where they select exactly these layers out of `names`, else full names."""
+    leaves = {name.split(".")[-1] for name in chosen}
+    selected = {name for name in names if name.split(".")[-1] in leaves}
+    return sorted(leaves if selected == set(chosen) else chosen)
 
 
 def lora_tensors(adapter: Adapter) -> dict[str, Tensor]:

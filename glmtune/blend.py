@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from . import families
-from .adapters import Adapter, Layer, first, new_folder, read, readme, write
-from .chat import read_object
+from .adapters import Adapter, Layer, listed, new_folder, read, readme, write
 from .errors import UserError, did_you_mean
 from .importing import base_name, fitted
 from .tensors import write_text
@@ -112,14 +111,10 @@ def _check_request(parts: Sequence[tuple[str | Path, float]], how: str, rank: in
 
 
 def _readable(parts: Sequence[tuple[str | Path, float]]) -> list[Adapter]:
-    kinds = {}
-    for folder, _ in parts:
-        path = Path(folder).expanduser()
-        config = next((p / "adapter_config.json" for p in (path, path / "adapter") if (p / "adapter_config.json").is_file()), None)
-        kinds[str(folder)] = str(read_object(config).get("peft_type")) if config is not None else "LORA"
+    kinds = {str(folder): families.adapter_config(folder).get("peft_type", "LORA") for folder, _ in parts}
     if len(set(kinds.values())) > 1:
-        listed = ", ".join(f"{folder} is {kind}" for folder, kind in kinds.items())
-        raise UserError(f"{listed}: different kinds cannot be added up; mix LoRA adapters only")
+        given = ", ".join(f"{folder} is {kind}" for folder, kind in kinds.items())
+        raise UserError(f"{given}: different kinds cannot be added up; mix LoRA adapters only")
     adapters = [read(folder) for folder, _ in parts]
     for adapter in adapters:
         if adapter.dora or adapter.whole:
@@ -143,7 +138,7 @@ def _check_same_base(adapters: list[Adapter], say: Callable[[str], None]) -> Non
             if shapes.setdefault(name, shape) != shape:
                 wrong.append(f"{name} is {shapes[name][0]} -> {shapes[name][1]} there, {shape[0]} -> {shape[1]} here")
         if wrong:
-            raise UserError(f"{known.folder} and {adapter.folder} were made for different models: {first(wrong)}")
+            raise UserError(f"{known.folder} and {adapter.folder} were made for different models: {listed(wrong)}")
     bases = list(dict.fromkeys(str(adapter.config.get("base_model_name_or_path")) for adapter in adapters))
     if len(bases) > 1:
         say(f"note: the adapters name different bases ({', '.join(bases)}); their layers fit each other, so they are taken for one")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import __version__, families, methods, prefix, prompts
-from .adapters import Adapter, Layer, first, lora_tensors, new_folder, read, readme, tensors_of, write
+from .adapters import Adapter, Layer, listed, lora_tensors, new_folder, read, readme, tensors_of, write
 from .chat import read_object
 from .errors import UserError
 from .families import weights
@@ -133,7 +133,7 @@ def fitted(adapter: Adapter, base: Path) -> Adapter:
         wrong = _missing(adapter, family, shapes, base)
     if wrong:
         raise UserError(
-            f"{adapter.folder} was made for another model ({adapter.config.get('base_model_name_or_path')}), not for {base}: {first(wrong)}"
+            f"{adapter.folder} was made for another model ({adapter.config.get('base_model_name_or_path')}), not for {base}: {listed(wrong)}"
         )
     return made
 

@@ -6,7 +6,7 @@ Adapters are files in PEFT's layout; `layers.Linear` computes LoRA, `prefix` com
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import prefix
+from .adapters import PREFIX, Adapter, listed, lora, lora_tensors, open_folder, read, shortest
 from .errors import UserError
 from .families import frozen_choice, lora_sizes, named_whole, pick_targets, plain_lora, sharing
 from .layers import Embedding, Linear, RowNoise, blocks, prepare, prepared
@@ -31,7 +32,6 @@ __all__ = [
     "write_text",
 ]  # and all defined here
 
-PREFIX = "base_model.model."  # of every tensor in PEFT's files
 EXACT_SVD = 2048  # the smaller side of a weight up to which PiSSA decomposes it exactly
 
 
@@ -143,12 +143,12 @@ def _add_under(layer: Linear, A: Tensor, B: Tensor) -> None:
 
 
 def _put_under(model: nn.Module, folder: Path) -> None:
-    config, _ = read_adapter(folder)
-    if not plain_lora(config):
+    adapter = read(folder)
+    if not plain_lora(adapter.config):
         raise UserError(
             f"method.under: {folder} is not a plain LoRA adapter; only plain LoRA adapters can stay beneath another one"
         )
-    load(model, folder)
+    _load_lora(model, adapter)
     for layer in blocks(model).values():
         if layer.lora_A is not None and layer.lora_B is not None:
             _add_under(layer, layer.lora_A.detach(), layer.lora_B.detach() * layer.scaling)
@@ -191,10 +191,11 @@ def noise_of(model: nn.Module) -> RowNoise | None:
 
 def start_from(model: nn.Module, folder: Path) -> None:
     """Gives the attached, trainable adapter the values of a saved one. Raises UserError where names or shapes differ."""
-    config, tensors = read_adapter(folder)
+    folder, config, tensors = open_folder(folder)
     if config["peft_type"] == "PREFIX_TUNING":
         prefix.from_peft(model, tensors, config)  # into the one that is attached
         return
+    tensors = lora_tensors(lora(folder, config, tensors))
     parameters, wrong = trainable(model), []
     for name, parameter in parameters.items():
         saved = tensors.pop(_peft_name(name), None)
@@ -399,121 +400,61 @@ def _lora_config(model: nn.Module, tensors: dict[str, Tensor], options: Lora, ba
     }
 
 
-def shortest(chosen: Iterable[str], names: Iterable[str]) -> list[str]:
-    """target_modules: last names where they select exactly these layers out of `names`, else full names."""
-    leaves = {name.split(".")[-1] for name in chosen}
-    selected = {name for name in names if name.split(".")[-1] in leaves}
-    return sorted(leaves if selected == set(chosen) else chosen)
-
-
-def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """adapter_config.json and the tensors of an adapter folder. Raises UserError: not one, broken, or of a kind that is not known."""
-    folder = Path(folder)
-    if not (folder / "adapter_config.json").is_file() and (folder / "adapter" / "adapter_config.json").is_file():
-        folder = folder / "adapter"  # a run's folder
-    config_path, weights_path = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    if not config_path.is_file() or not weights_path.is_file():
-        there = sorted(p.name for p in folder.iterdir())[:6] if folder.is_dir() else "no such folder"
-        old = " (one of another tool: glmtune import)" if folder.is_dir() and any(folder.glob("*.bin")) else ""
-        raise UserError(
-            f"{folder} is not an adapter: it needs adapter_config.json and adapter_model.safetensors{old}; there: {there}"
-        )
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict) or (
-            config.get("peft_type") == "LORA" and not isinstance(config.get("lora_alpha"), int | float)
-        ):
-            raise ValueError("it has no peft_type and lora_alpha")
-    except ValueError as error:
-        raise UserError(f"{config_path} is broken ({error}); copy the adapter folder again") from None
-    kind = config.get("peft_type")
-    odd = [f"{key}={config[key]}" for key in ("fan_in_fan_out", "layer_replication", "trainable_token_indices") if config.get(key)]
-    odd += [f"bias={config['bias']}"] if config.get("bias", "none") != "none" else []
-    if isinstance(start := config.get("init_lora_weights"), str) and start.startswith(("pissa", "olora", "corda", "loftq")):
-        odd.append(f"init_lora_weights={start}: it changed its base, save it converted (path_initial_model_for_weight_conversion)")
-    if kind not in ("LORA", "PREFIX_TUNING") or odd:
-        what = f"{kind} adapters" if kind not in ("LORA", "PREFIX_TUNING") else f"LoRA with {', '.join(odd)}"
-        raise UserError(
-            f"{config_path}: {what} cannot be loaded; LoRA (also DoRA, rsLoRA, modules_to_save) and prefix adapters can"
-        )
-    return config, read_tensors(weights_path)
-
-
 def load(model: nn.Module, folder: str | Path) -> nn.Module:
     """Attaches a saved adapter (PEFT's LoRA or prefix layout) in place of another one, if any, and returns the model. Nothing is trainable
     after. `unload` takes it off again.
 
-    Raises UserError: no adapter there, other kinds of adapter, tensors that do not fit (all of them listed).
+    Raises UserError: as `adapters.open_folder` and `adapters.lora`, and for tensors that do not fit this model.
     """
-    folder = Path(folder)
-    config, tensors = read_adapter(folder)
+    folder, config, tensors = open_folder(folder)
     if not prepared(model):
         prepare(model, next(model.parameters()).dtype)
-    unload(model)
     if config["peft_type"] == "PREFIX_TUNING":
+        unload(model)
         prefix.from_peft(model, tensors, config)
     else:
-        _load_lora(model, tensors, config, folder)
+        _load_lora(model, lora(folder, config, tensors))
     model.requires_grad_(False)
     return model
 
 
-def _load_lora(model: nn.Module, tensors: dict[str, Tensor], config: dict[str, Any], folder: Path) -> None:
-    layers, wrong, used = blocks(model), [], set()
-    whole = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if ".lora_" not in name}
-    for name in sorted({name.rsplit(".lora_", 1)[0] for name in tensors if ".lora_" in name}):
-        A, B = tensors.get(f"{name}.lora_A.weight"), tensors.get(f"{name}.lora_B.weight")
-        layer, magnitude = layers.get(name.removeprefix(PREFIX)), tensors.get(f"{name}.lora_magnitude_vector")
-        if A is None or B is None or layer is None:
-            wrong.append(f"{name}: {'no such layer in this model' if layer is None else 'A or B is missing'}")
-        elif A.shape[1] != layer.in_features or B.shape[0] != layer.out_features or A.shape[0] != B.shape[1]:
+def _load_lora(model: nn.Module, adapter: Adapter) -> None:
+    """In place of what is attached; one that does not fit leaves that as it is."""
+    layers, wrong = blocks(model), [f"{name}: a value head, which `glmtune import` leaves out" for name in adapter.left_out]
+    for name, held in adapter.layers.items():
+        layer = layers.get(name)
+        if layer is None:
+            wrong.append(f"{name}: no such layer in this model")
+        elif held.A.shape[1] != layer.in_features or held.B.shape[0] != layer.out_features:
             wrong.append(
-                f"{name}: A {list(A.shape)} and B {list(B.shape)} do not fit a layer of {layer.in_features} -> {layer.out_features}"
+                f"{name}: A {list(held.A.shape)} and B {list(held.B.shape)} do not fit a layer of {layer.in_features} -> {layer.out_features}"
             )
-        elif bool(config.get("use_dora")) != (magnitude is not None and magnitude.shape == (layer.out_features,)):
-            wrong.append(f"{name}: lora_magnitude_vector and use_dora do not go together")
-        else:
-            used.add(name)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    saved = config.get("modules_to_save") or []
-    for name, tensor in whole.items():
-        if not any(name.rsplit(".", 1)[0].endswith(one) for one in saved):
-            wrong.append(f"{name}: neither LoRA nor one of modules_to_save")
-        elif name not in parameters or parameters[name].shape != tensor.shape:
+    for name, tensor in adapter.whole.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
             there = list(parameters[name].shape) if name in parameters else "nothing of that name"
             wrong.append(f"{name} {list(tensor.shape)}: this model has {there}")
-    targets = config.get("target_modules")
-    if isinstance(targets, list) and used and not wrong:
+    targets = adapter.config.get("target_modules")
+    if isinstance(targets, list) and not wrong:
         named = [name for name in layers if any(name == target or name.endswith("." + target) for target in targets)]
-        wrong += [f"{name}: A and B are missing" for name in named if PREFIX + name not in used]
-    wrong += [f"{one}: named in modules_to_save, but not there" for one in saved if not any(one in name for name in whole)]
-    if wrong or not used:
-        raise UserError(
-            f"the adapter {folder} was made for another model ({config.get('base_model_name_or_path')}): "
-            + "; ".join(wrong[:3])
-            + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-            + ("" if wrong else "it holds no LoRA tensors")
-        )
-    ranks, alphas = config.get("rank_pattern"), config.get("alpha_pattern")
-    for name in used:
-        short = name.removeprefix(PREFIX)
-        A, B = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
-        alpha = of_pattern(alphas, short, config["lora_alpha"])
-        rank = of_pattern(ranks, short, A.shape[0])
-        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        _set_lora(layers[short], A, B, scaling, tensors.get(f"{name}.lora_magnitude_vector"))
-    held: dict[str, Tensor] = {}
+        wrong += [f"{name}: A and B are missing" for name in named if name not in adapter.layers]
+    if not adapter.layers.keys() & layers.keys():
+        wrong = [
+            f"none of its layers ({next(iter(adapter.layers))} ...) is in this model; `glmtune import` brings over those of a published layout"
+        ]
+    if wrong:
+        base = adapter.config.get("base_model_name_or_path")
+        raise UserError(f"the adapter {adapter.folder} was made for another model ({base}): {listed(wrong)}")
+    unload(model)
+    for name, held in adapter.layers.items():
+        _set_lora(layers[name], held.A, held.B, held.scaling, held.magnitude)
+    replaced: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for name, tensor in whole.items():
+    for name, tensor in adapter.whole.items():
         parameter = parameters[name]
         if id(parameter) not in seen:  # tied weights are one
             seen.add(id(parameter))
-            held[name] = parameter.data
+            replaced[name] = parameter.data
             parameter.data = tensor.to(parameter.device, copy=True)  # as it was trained: fp32
-    if held:
-        object.__setattr__(model, "saved_whole", held)
-
-
-def of_pattern(pattern: dict[str, Any] | None, name: str, usual: Any) -> Any:
-    """PEFT's rule: keys of rank_pattern and alpha_pattern are regular expressions for the end of a layer's name."""
-    return next((value for key, value in (pattern or {}).items() if re.fullmatch(rf"(.*\.)?({key})", name)), usual)
+    if replaced:
+        object.__setattr__(model, "saved_whole", replaced)

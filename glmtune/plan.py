@@ -4,7 +4,6 @@ Needs no torch, so that a wrong run fails in a second. `glmtune show` prints a p
 """
 
 import importlib.util
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -120,21 +119,10 @@ def _check_beside(method: Any, folder: Path) -> None:
     modules = {name.rsplit(".", 1)[0] for name in families.tensor_shapes(folder)} - linear | {"lm_head"}
     families.named_whole(method.modules_to_save, modules)
     for given in method.under:
-        config = _adapter_config(given)
-        if config is None or not families.plain_lora(config):
-            what = "is neither an adapter nor a finished run" if config is None else "is not a plain LoRA adapter"
+        config = families.adapter_config(given)
+        if not config or not families.plain_lora(config):
+            what = "is not a plain LoRA adapter" if config else "is neither an adapter nor a finished run"
             raise UserError(f"method.under: {given} {what}; only plain LoRA adapters can stay beneath another one")
-
-
-def _adapter_config(given: str) -> dict[str, Any] | None:
-    """adapter_config.json of an adapter's or a run's folder; None where there is none."""
-    folder = Path(given).expanduser()
-    folder = folder if (folder / "adapter_config.json").is_file() else folder / "adapter"
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return config if isinstance(config, dict) else None
 
 
 # adapter_config.json -> option. What is not given follows from the adapter; what is given must agree with it.
@@ -147,8 +135,8 @@ _SAID_BY_ADAPTER = {
 
 def _continued(method: Any) -> Any:
     """method.start: rank, targets and the like are those of the adapter."""
-    config = _adapter_config(method.start)
-    if config is None:
+    config = families.adapter_config(method.start)
+    if not config:
         raise UserError(
             f"method.start={method.start} is neither an adapter nor a finished run; wanted a folder with adapter_config.json"
         )

@@ -5,9 +5,12 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from . import __version__, data, mixing, sources, store
 from .chat import Template
 from .errors import UserError
 from .hub import cache_root
+from .records import Example
 from .stages import STAGES, Limits, Stage, Tally, finish
 from .store import Block, Store, Writer, digest_of
 
@@ -165,14 +169,14 @@ def _encode(lot: data.Lot) -> tuple[Block, Tally, data.Read]:
     stream, stage, template, limits = _WORK
     read = stream.read(lot)
     tally = Tally(rows=read.count)
-    template.differs.clear()
-    made = [
-        (number, mixing.content_hash(record), example)
-        for number, record in enumerate(read.records)
-        for example in stage.encode(template, record, limits, tally)
-    ]
+    made: list[tuple[int, int, Example]] = []
+    for number, record in enumerate(read.records):
+        template.differs.clear()
+        content = mixing.content_hash(record)
+        made += [(number, content, example) for example in stage.encode(template, record, limits, tally)]
+        for reason in template.differs:  # a row counts once, however often it was written out
+            tally.counts[f"rows: {reason}"] += 1
     tally.made = len(made)
-    tally.counts += Counter({f"rows: {reason}": count for reason, count in template.differs.items()})
     read.records = []
     return Block.of(made), tally, read
 
@@ -191,18 +195,27 @@ def _encoded(stream: data.Stream, wanted: Wanted, workers: int) -> Iterator[tupl
             break
     else:
         return
-    with multiprocessing.get_context("fork").Pool(workers, _quiet) as pool:
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _quiet)
+    try:
         yield from _ordered(pool, lots, ahead=4 * workers)
+    except BrokenProcessPool:  # multiprocessing.Pool would wait for ever
+        raise UserError(
+            f"one of the {workers} processes that tokenise was killed from outside, by the system when memory ran out or by hand; nothing was "
+            "kept. Free some memory, or make the store with fewer of them first: glmtune data tokenize RUN.yaml --workers 1"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _quiet() -> None:
-    """In a worker: what was there before is never garbage, and rows make none that needs looking for often."""
+    """In a worker: what was there before is never garbage, and rows make none that needs looking for often. Ctrl-C is the parent's affair."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.freeze()
     gc.set_threshold(100_000, 20, 20)
 
 
-def _ordered(pool: Any, lots: Iterator[Any], ahead: int) -> Iterator[tuple[Block, Tally, float | None]]:
-    """As pool.imap, but reads only so far ahead: imap would read the whole source into memory. An error of the reading waits
+def _ordered(pool: ProcessPoolExecutor, lots: Iterator[Any], ahead: int) -> Iterator[tuple[Block, Tally, float | None]]:
+    """As pool.map, but reads only so far ahead: map would read the whole source into memory. An error of the reading waits
     until the rows before it are done, as it does with one process."""
     pending: deque[tuple[Any, Any, float | None]] = deque()
     error: UserError | None = None
@@ -215,11 +228,11 @@ def _ordered(pool: Any, lots: Iterator[Any], ahead: int) -> Iterator[tuple[Block
             except UserError as found:
                 error = found
             else:
-                pending.append((pool.apply_async(_encode, (lot,)), take, lot.done))
+                pending.append((pool.submit(_encode, lot), take, lot.done))
         if not pending:
             break
         made, take, done = pending.popleft()
-        block, tally, read = made.get()
+        block, tally, read = made.result()
         take(read)
         yield block, tally, done
     if error is not None:

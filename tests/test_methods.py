@@ -247,14 +247,45 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 Q1 = "base_model.model.model.layers.1.self_attn.q_proj"
 
 
-def test_half_a_pair_and_a_misshapen_pair_are_told_in_one_error(tiny_model, saved):
-    def edit(tensors):
-        del tensors[f"{Q0}.lora_B.weight"]
-        tensors[f"{Q1}.lora_A.weight"] = torch.zeros(4, 7)
+def test_what_is_wrong_with_several_layers_is_told_in_one_error(tiny_model, saved):
+    def misshape(tensors):
+        for name in (Q0, Q1):
+            tensors[f"{name}.lora_A.weight"] = torch.zeros(4, 7)
 
-    said = refused(tiny_model, change(saved, edit))
-    assert f"{Q0}: A or B is missing" in said
-    assert f"{Q1}: A [4, 7] and B [32, 4] do not fit a layer of 32 -> 32" in said
+    def halve(tensors):
+        del tensors[f"{Q0}.lora_B.weight"], tensors[f"{Q1}.lora_A.weight"]
+
+    said = refused(tiny_model, change(saved, misshape))
+    for layer in (0, 1):
+        assert f"layers.{layer}.self_attn.q_proj: A [4, 7] and B [32, 4] do not fit a layer of 32 -> 32" in said
+    said = refused(tiny_model, change(saved, halve))
+    assert "layers.0.self_attn.q_proj has no B" in said and "layers.1.self_attn.q_proj has no A" in said
+
+
+def test_a_refused_adapter_leaves_the_model_as_it_was(tiny_model, saved, tmp_path):
+    model = methods.load(prepared(tiny_model), shutil.copytree(saved, tmp_path / "good"))
+    before = logits(model)
+    change(saved, lambda tensors: tensors.update({f"{Q0}.lora_A.weight": torch.zeros(4, 7)}))
+    for text in (None, "{"):
+        if text is not None:
+            (saved / "adapter_config.json").write_text(text)
+        with pytest.raises(UserError):
+            methods.load(model, saved)
+        assert torch.equal(logits(model), before)
+
+
+def test_a_file_of_names_without_dots_is_told(tiny_model, saved):
+    assert "weight is no LoRA tensor" in refused(
+        tiny_model, change(saved, lambda tensors: tensors.update({"weight": torch.ones(3)}))
+    )
+
+
+def test_an_adapter_in_a_bin_file_is_read_without_running_code(tiny_model, saved):
+    expected = logits(methods.load(prepared(tiny_model), saved))
+    tensors = load_file(saved / "adapter_model.safetensors")
+    (saved / "adapter_model.safetensors").unlink()
+    torch.save(tensors, saved / "adapter_model.bin")
+    assert torch.equal(logits(methods.load(prepared(tiny_model), saved)), expected)
 
 
 def test_an_adapter_of_another_model_is_told_with_its_base(tmp_path, tiny_model):
@@ -300,12 +331,13 @@ def test_a_broken_adapter_config_is_told(tiny_model, saved, text):
     ("changed", "said"),
     [
         ({"peft_type": "PREFIX_TUNING"}, "this is no prefix"),
-        ({"peft_type": "IA3"}, "IA3 adapters cannot be loaded"),
+        ({"peft_type": "IA3"}, "its peft_type is IA3; LoRA"),
+        ({"r": 8}, "has rank 4, its adapter_config.json says 8"),
         ({"use_dora": True}, "lora_magnitude_vector and use_dora do not go together"),
         ({"modules_to_save": ["lm_head"]}, "lm_head: named in modules_to_save, but not there"),
-        ({"bias": "all"}, "LoRA with bias=all cannot be loaded"),
-        ({"fan_in_fan_out": True}, "LoRA with fan_in_fan_out=True cannot be loaded"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa: it changed its base"),
+        ({"bias": "all"}, "bias is all"),
+        ({"fan_in_fan_out": True}, "uses fan_in_fan_out, which cannot be read"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is pissa, which also changed the base's weights"),
     ],
 )
 def test_a_config_that_does_not_go_with_the_tensors_is_refused(tiny_model, saved, changed, said):
@@ -329,12 +361,16 @@ def test_a_pickled_adapter_is_never_opened(tiny_model, saved, tmp_path, name):
     (saved / "adapter_model.safetensors").unlink()
     (saved / name).write_bytes(pickle.dumps(Trap(tmp_path / "marker")))
     said = refused(tiny_model, saved)
-    assert "adapter_model.safetensors" in said and name in said
+    assert (
+        name in said
+        and {"bin": "holds code, which is never run", "pt": "it holds none of", "safetensors": "not a whole"}[name.split(".")[1]]
+        in said
+    )
     assert not (tmp_path / "marker").exists()
 
 
 def test_a_missing_folder_is_told(tiny_model, tmp_path):
-    assert "no such folder" in refused(tiny_model, tmp_path / "nowhere")
+    assert "there is no adapter" in refused(tiny_model, tmp_path / "nowhere")
 
 
 def test_a_disk_that_lies_is_found_when_saving(tiny_model, tmp_path, monkeypatch):

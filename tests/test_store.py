@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -372,3 +373,29 @@ def test_the_length_policy_is_told_over_all_processes(wanted, cache, monkeypatch
     monkeypatch.setattr(tokenise, "PARALLEL", 10)
     with pytest.raises(UserError, match="60 of 60 rows are longer than max_length=3"):
         tokenise.tokenised(wanted(max_length=3), workers=2)
+
+
+def test_what_a_format_does_to_a_row_is_counted_once_for_the_row(wanted, cache, tmp_path):
+    """Also where the row is written out again, to be cut."""
+    asked = {"role": "user", "content": "What is the weather?"}
+    tool = {"name": "weather", "description": "d", "parameters": {"type": "object"}}
+    row = {"messages": [asked, {"role": "assistant", "content": "It is " + "very " * 300 + "fine."}], "tools": [tool]}
+    path = tiny.write_rows(tmp_path / "tools.jsonl", [row] * 3)
+    asked_for = replace(wanted(sources=[Source(path=str(path))]), limits=Limits(200, "cut-answer"))
+    counts = tokenise.tokenised(asked_for).about["counts"]
+    assert [n for why, n in counts.items() if "no tools" in why or "last answer cut" in why] == [3, 3]
+
+
+def test_a_killed_worker_is_told_and_nothing_is_left(wanted, cache, monkeypatch):
+    for name, value in {"CHUNK": 1, "PARALLEL": 5, "TOLD": 6}.items():
+        monkeypatch.setattr(tokenise, name, value)
+    others = set(psutil.Process().children())
+
+    def kill(*_: Any) -> None:
+        for one in set(psutil.Process().children()) - others:
+            one.kill()
+
+    with pytest.raises(UserError, match="one of the 2 processes that tokenise was killed"):
+        tokenise.tokenised(wanted(), workers=2, progress=kill, keep=True)
+    assert not list(cache.iterdir())
+    assert len(tokenise.tokenised(wanted(), workers=2, keep=True)) == 60

@@ -88,7 +88,7 @@ def test_nothing_changes_before_the_first_step(tiny_model: Path, variant: str, c
     model = prepared(tiny_model, compute)
     before = logits(model)
     methods.attach(model, Lora(**VARIANTS[variant]), seed=0)
-    assert (logits(model) - before).abs().max() <= (2e-6 if "pissa" in variant or "dora" in variant else 0)
+    assert (logits(model) - before).abs().max() <= (5e-6 if "pissa" in variant or "dora" in variant else 0)
 
 
 def test_dora_equals_peft_with_its_gradients(tiny_model: Path, tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_freeze_takes_modules_outside_the_blocks(tiny_model: Path) -> None:
         (Freeze(layers=[]), "told to train no block"),
         (Lora(modules_to_save=["lm_haed"]), "did you mean 'lm_head'"),
         (Lora(ranks={"q_porj": 2}), "did you mean 'q_proj'"),
-        (Lora(under=["nowhere"]), "no such folder"),
+        (Lora(under=["nowhere"]), "there is no adapter nowhere"),
     ],
 )
 def test_what_a_model_does_not_have_is_told(tiny_model: Path, options: Any, said: str) -> None:

@@ -19,9 +19,9 @@ from ..errors import UserError, did_you_mean
 from ..options import write_whole
 from . import baichuan, chatglm, internlm, llama, smollm2, weights
 from .family import Family, Take, Vocabulary, about_generation
-from .place import Place, locate, resolve
+from .place import Place, adapter_config, locate, resolve
 
-__all__ = ["OURS", "Place", "locate", "register", "resolve"]  # with everything defined here
+__all__ = ["OURS", "Place", "adapter_config", "locate", "register", "resolve"]  # with everything defined here
 
 # model_type of a published config.json -> who reads it. None: the folder is what transformers knows itself.
 READERS: dict[str, Callable[[Path, dict[str, Any]], Family | None]] = {

@@ -1,11 +1,11 @@
 """What MODEL stands for: the built-in model, a folder, a hub id, a run's folder or one of its checkpoints -> folders on this disk."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import hub
+from ..chat import read_object
 from ..errors import UserError, did_you_mean
 from ..options import read
 from ..run import Form
@@ -65,10 +65,16 @@ def _base(name: str, adapter: Path, say) -> Path:
     try:
         return resolve(name, say)
     except UserError:
-        base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path", "")
+        base = adapter_config(adapter).get("base_model_name_or_path", "")
         if Path(base).is_dir():
             return Path(base)
         raise
+
+
+def adapter_config(path: str | Path) -> dict[str, Any]:
+    """adapter_config.json of an adapter's or a run's folder; empty where there is none. Raises UserError where it is broken."""
+    folder = Path(path).expanduser()
+    return read_object(folder / "adapter_config.json") or read_object(folder / "adapter" / "adapter_config.json")
 
 
 def _adapter(adapter: str | Path | None) -> Path | None:
