@@ -333,6 +333,7 @@ def stopped(tiny_model, tmp_path_factory) -> Stopped:
     return Stopped(arguments, out, process.returncode, err, part.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_predict_stopped_by_ctrl_c_goes_on_where_it_was(glmtune, tiny_model, stopped):
     out, part = stopped.out, stopped.out.with_name("p.jsonl.part")
     assert stopped.code == 130 and not out.exists()
@@ -345,6 +346,7 @@ def test_predict_stopped_by_ctrl_c_goes_on_where_it_was(glmtune, tiny_model, sto
     assert 1 < len(early) < 16 and all(read(out)[i]["prediction"] == text for i, text in early.items())
 
 
+@pytest.mark.slow
 def test_predict_stopped_by_ctrl_c_says_how_to_go_on(stopped):
     assert "the same command continues" in stopped.err
 

@@ -21,6 +21,7 @@ def test_the_notebook_is_stored_clean(notebook):
     assert NOTEBOOK.stat().st_size < 20_000
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(notebook, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("GLMTUNE_TUTORIAL_MODEL", str(tiny_model))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
