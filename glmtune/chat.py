@@ -16,7 +16,7 @@ import datetime
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import islice
@@ -267,8 +267,8 @@ def form_jinja(form: Form, stop: str, prefix: str, default_system: str | None) -
     )
 
 
-def jinja_renderer(source: str, variables: dict[str, Any]) -> Callable[..., str]:
-    """`render(messages, add_generation_prompt=False)`: a chat template as transformers renders it, in Jinja's sandbox."""
+def jinja_environment() -> Any:
+    """Jinja's sandbox with what transformers gives to chat templates."""
     import jinja2
     import jinja2.ext
     import jinja2.nodes
@@ -296,6 +296,14 @@ def jinja_renderer(source: str, variables: dict[str, Any]) -> Callable[..., str]
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment
+
+
+def jinja_renderer(source: str, variables: dict[str, Any]) -> Callable[..., str]:
+    """`render(messages, add_generation_prompt=False)`: a chat template as transformers renders it."""
+    import jinja2
+
+    environment = jinja_environment()
     try:
         compiled = environment.from_string(source)
     except jinja2.TemplateError as error:
@@ -310,6 +318,91 @@ def jinja_renderer(source: str, variables: dict[str, Any]) -> Callable[..., str]
             raise UserError(f"the model's chat template refuses these turns ({roles}): {error}") from None
 
     return render
+
+
+def copies_texts(source: str) -> bool:
+    """Whether a Jinja template does nothing with a message's content but write it out as it is, or ask whether it is empty. Then what one
+    rendering shows of the template holds for all texts, roles and empty texts being the same.
+
+    Decided on the syntax tree, for messages of a role and a content; False wherever one of them goes on to something that is not known here
+    (a filter, a method, a macro, a namespace).
+    """
+    from jinja2 import nodes
+
+    tree = jinja_environment().parse(source)
+    parents = {child: node for node in _all_nodes(tree) for child in node.iter_child_nodes()}
+    lists, texts = {"messages"}, set[str]()  # names of messages, one or several, and of texts
+
+    def is_text_used_well(node: Any) -> bool:
+        up = parents[node]
+        if isinstance(up, nodes.Not) or (isinstance(up, nodes.If | nodes.CondExpr) and up.test is node):
+            return True
+        if isinstance(up, nodes.Add | nodes.Concat | nodes.And | nodes.Or | nodes.CondExpr):
+            return is_text_used_well(up)
+        if isinstance(up, nodes.Test):
+            return up.name in ("defined", "undefined", "none", "string", "mapping")
+        if isinstance(up, nodes.Assign) and isinstance(up.target, nodes.Name):
+            texts.add(up.target.name)
+            return True
+        around = up
+        while around in parents:  # what is written inside a block may be changed as a whole
+            around = parents[around]
+            if not isinstance(around, nodes.Template | nodes.For | nodes.If | nodes.Scope):
+                return False
+        return isinstance(up, nodes.Output)
+
+    def is_message_used_well(node: Any) -> bool:
+        up = parents[node]
+        if isinstance(up, nodes.For) and up.iter is node and isinstance(up.target, nodes.Name):
+            lists.add(up.target.name)
+            return True
+        if isinstance(up, nodes.Assign) and isinstance(up.target, nodes.Name):
+            lists.add(up.target.name)
+            return True
+        if isinstance(up, nodes.Filter):
+            return up.name in ("length", "count")
+        if isinstance(up, nodes.Test):
+            return up.name in ("defined", "undefined", "none", "mapping")
+        if isinstance(up, nodes.If | nodes.CondExpr) and up.test is node:
+            return True
+        if isinstance(up, nodes.CondExpr):
+            return is_message_used_well(up)
+        if isinstance(up, nodes.Getattr):
+            key = up.attr
+        elif isinstance(up, nodes.Getitem) and up.node is node and isinstance(up.arg, nodes.Const):
+            key = up.arg.value
+        else:  # some messages of a list, or one by a computed number; a computed name may be "content"
+            by_number = (
+                isinstance(up, nodes.Getitem) and up.node is node and isinstance(up.arg, nodes.Slice | nodes.Neg | nodes.Sub)
+            )
+            return by_number and is_message_used_well(up)
+        if key == "content":
+            return is_text_used_well(up)
+        if isinstance(key, int):
+            return is_message_used_well(up)
+        return not any(
+            hasattr(kind, str(key)) for kind in (dict, list)
+        )  # no method; what else it may name is not there, but for the role
+
+    known = 0
+    while known != len(lists) + len(texts):  # until no name is new: a variable may be used above the place where it is set
+        known = len(lists) + len(texts)
+        for node in _all_nodes(tree):
+            name = node.attr if isinstance(node, nodes.Getattr) else node.value if isinstance(node, nodes.Const) else ""
+            if name in ("previtem", "nextitem"):  # of `loop`: messages by another way
+                return False
+            if isinstance(node, nodes.Name) and node.ctx == "load":
+                if node.name in lists and not is_message_used_well(node):
+                    return False
+                if node.name in texts and not is_text_used_well(node):
+                    return False
+    return not lists & texts
+
+
+def _all_nodes(tree: Any) -> Iterator[Any]:
+    yield tree
+    for child in tree.iter_child_nodes():
+        yield from _all_nodes(child)
 
 
 def jinja_parts(
@@ -404,13 +497,19 @@ def jinja_parts(
         if any(turn.extra or turn.role == "tool" for turn in turns):
             made = cut(turns, open_answer)
         else:
-            shape = (open_answer, *((turn.role, bool(turn.text)) for turn in turns))
+            shape = _shape(turns, open_answer)
             made = shapes.get(shape)
             if made is None:
                 made = shapes[shape] = cut(turns, open_answer)
-        return [replace(part, text=turns[part.turn].text) if part.kind in ("text", "answer") else part for part in made]
+        # (not `replace`: it takes a few times as long, and this is done for every row)
+        return [Part(part.kind, turns[part.turn].text, part.turn) if part.kind in ("text", "answer") else part for part in made]
 
     return parts
+
+
+def _shape(turns: Sequence[Turn], open_answer: bool) -> tuple:
+    """What a rendering depends on besides the texts themselves."""
+    return (open_answer, *((turn.role, bool(turn.text)) for turn in turns))
 
 
 def _written(turn: Turn) -> bool:
@@ -538,9 +637,15 @@ class Template:
         """Compares with the published rendering. Where that one trims texts, so do we; other differences are counted."""
         if self.render is None:
             return parts
+        # Of a template that only copies texts, one rendering is as good as all of the same shape.
+        shape = None if any(turn.extra or turn.role == "tool" for turn in turns) or not self._copies else _shape(turns, open_answer)
+        if shape in self._seen:
+            return parts
         messages = [{"role": turn.role, "content": turn.text, **turn.extra} for turn in turns]
         published = self.render(messages, add_generation_prompt=open_answer)
         if _same(parts, published):
+            if shape is not None and len(self._seen) < 1000:
+                self._seen.add(shape)
             return parts
         trimmed = [replace(part, text=part.text.strip()) if part.kind in ("text", "answer") else part for part in parts]
         if _same(trimmed, published):
@@ -548,6 +653,14 @@ class Template:
             return trimmed
         self.differs["the model's own template changes the text (it was left as it is in the data)"] += 1
         return parts
+
+    @cached_property
+    def _copies(self) -> bool:
+        return copies_texts(self.jinja)
+
+    @cached_property
+    def _seen(self) -> set[tuple]:
+        return set()
 
     def split(self, conversation: Conversation) -> list[Conversation]:
         """What is trained on: the conversation, or (`context`) one for every learned answer, ending there."""

@@ -74,7 +74,7 @@ def encode_conversation(template: Template, row: Conversation, limits: Limits, t
                 tally.longest = max(tally.longest, (len(example.ids), example.where), key=lambda pair: pair[0])
                 continue
             example = _shorten(template, part, example, limits, tally.counts)
-        if example is not None and example.num_learned == 0:
+        if example is not None and not any(example.weights):
             tally.counts["rows with nothing to learn (every turn has learn: false or weight 0), left out"] += 1
             example = None
         if example is not None:

@@ -1,6 +1,7 @@
 """The laws of the text <-> tokens module, for every kind of template."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -222,6 +223,55 @@ def test_a_template_that_trims_is_followed_and_counted(tmp_path):
         == template.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]).ids
     )
     assert sum(template.differs.values()) == 1
+
+
+LOOP = "{% for m in messages %}<|im_start|>{{ m.role }}\n#<|im_end|>\n{% endfor %}"
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set talk = messages[1:] %}{% set system = messages[0]['content'] %}"
+    "{% else %}{% set talk = messages %}{% set system = '' %}{% endif %}{% for m in talk %}{% if loop.index0 == 0 and system %}"
+    "{% set text = 'S' + system + 'T' + m.content %}{% else %}{% set text = m['content'] %}{% endif %}{{ text }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "copies"),
+    [
+        (tiny.CHATML, True),
+        (LLAMA2, True),
+        *(
+            (LOOP.replace("#", written), copies)
+            for written, copies in {
+                "{{ m.content }}": True, "{{ '[' + m['content'] ~ ']' }}": True, "{{ m.content or 'nothing' }}": True,
+                "{% generation %}{{ m.content }}{% endgeneration %}": True, "{{ m.content if m.content is string else '' }}": True,
+                "{% if m.content and not loop.last %}{{ m.content }}{% endif %}": True, "{{ messages[loop.index0 - 1].content }}": True,
+                "{{ m.name }}{{ messages | length }}": True,
+                "{{ m.content | trim }}": False, "{{ m.content.strip() }}": False, "{{ m.content[1:] }}": False, "{{ m.get('content') }}": False,
+                "{{ m['get']('content') | trim }}": False, "{{ m | tojson }}": False, "{{ m }}": False, "{{ m[key] }}": False,
+                "{% if m.content == 'a' %}b{% endif %}": False, "{% if 'a' in m.content %}b{% endif %}": False,
+                "{% filter trim %}{{ m.content }}{% endfilter %}": False, "{% set x %}{{ m.content }}{% endset %}{{ x | trim }}": False,
+                "{% set x = m.content %}{{ x }}{{ x | trim }}": False, "{% set x = m %}{{ x.content | trim }}": False,
+                "{% set ns = namespace(x=m.content) %}{{ ns.x | trim }}": False, "{% macro f(x) %}{{ x | trim }}{% endmacro %}{{ f(m.content) }}": False,
+                "{{ (loop.previtem or m).content | trim }}": False, "{{ m.content * 2 }}": False, "{{ m.content if m.content | length > 3 }}": False,
+                "{% with x = m.content %}{{ x | trim }}{% endwith %}": False, "{% for c in m.content %}{{ c }}-{% endfor %}": False,
+                "{% for k in m %}{{ m[k] | trim }}{% endfor %}": False, "{{ messages | map(attribute='content') | join }}": False,
+            }.items()
+        ),
+    ],
+)  # fmt: skip
+def test_a_template_that_only_copies_texts_is_known_as_one(source, copies):
+    assert chat.copies_texts(source) is copies
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=40, deadline=None)
+@given(talks=st.lists(conversations(), min_size=1, max_size=4))
+def test_what_one_rendering_shows_of_a_template_that_copies_holds_for_all(templates, name, talks):
+    template = templates[name]
+    careful = replace(template, differs=template.differs.copy())
+    careful.__dict__["_copies"] = False
+    for messages in talks:
+        assert template.encode(messages) == careful.encode(messages)
+    assert template.differs == careful.differs
 
 
 def test_an_unknown_stop_mark_is_an_error(tmp_path):
