@@ -67,6 +67,7 @@ class Checked:
     problems: list[Problem] = field(default_factory=list)  # of the file as a whole
     of_rows: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    cut: list[str] = field(default_factory=list)  # what max_samples leaves out, as a line
 
     def open(self) -> File:
         return open_file(self.path, self.name, self.source.columns)
@@ -114,7 +115,7 @@ def check(
                 file.of_rows += row.problems
             tally.tell()
         several = _several_answers(seen)
-    notes = [note for file in files for note in file.notes] + _near_duplicates(files, near) + several + lengths.notes()
+    notes = [note for file in files for note in file.notes + file.cut] + _near_duplicates(files, near) + several + lengths.notes()
     problems = [problem for file in files for problem in sorted(file.problems + file.of_rows, key=lambda problem: problem.line)]
     return {
         "rows": rows,
@@ -133,34 +134,31 @@ def _plain(problem: Problem) -> dict[str, Any]:
 
 
 def examine(paths: Sequence[str | Path], columns: dict[str, str] | None = None, format: str | None = None) -> list[Checked]:
-    """Every file behind the paths with all of its rows and what each alone has wrong, for those who hold them; `max_samples` aside."""
-    files = _survey_all(paths, columns, format, whole=True)
+    """Every file behind the paths with its rows and what each alone has wrong, for those who hold them."""
+    files = _survey_all(paths, columns, format)
     for file in files:
         file.rows = list(rows_of(file))
     return files
 
 
-def _survey_all(
-    paths: Sequence[str | Path], columns: dict[str, str] | None, format: str | None, whole: bool = False
-) -> list[Checked]:
-    """Every file behind the paths with how it is to be read; whole: also beyond the `max_samples` of its source."""
+def _survey_all(paths: Sequence[str | Path], columns: dict[str, str] | None, format: str | None) -> list[Checked]:
+    """Every file behind the paths with how it is to be read, and how far (`max_samples` of its source)."""
     files = []
     for given in map(str, paths):
         if given.endswith((".yaml", ".yml")):  # as plain text all of its lines would be good
             raise UserError(f"{given} is a run file or a registry, no data; name the files, or the data sets, under its `data:`")
     for source in find([Source(path=str(given), columns=columns, format=format) for given in paths]):
-        most = None if whole else source.max_samples
-        left = most
+        most = left = source.max_samples
         for path, name in source.files:
             file = Checked(path, name, source, left)
             files.append(file)
             if left == 0:
-                file.notes.append(f"{name}: not looked at (max_samples {most} reached)")
+                file.cut = [f"{name}: not looked at (max_samples {most} reached)"]
                 continue
             count = _survey(file)
             if left is not None:
                 if count == left:
-                    file.notes.append(f"{name}: only the first {left} rows are looked at (max_samples {most})")
+                    file.cut = [f"{name}: only the first {left} rows are looked at (max_samples {most})"]
                 left -= count
     return files
 
@@ -232,7 +230,7 @@ def _read(checked: Checked) -> Iterator[Row]:
         else:
             assert isinstance(item, Item)
             yield Row(item, records=made, form=form_of(source.adapt(item.value)))
-    checked.notes = rows.notes + checked.notes
+    checked.notes = rows.notes
 
 
 def _use(kinds: Sequence[_Kind], columns: dict[str, str] | None, format: str | None) -> Want:

@@ -584,6 +584,8 @@ def data_stats(
     if learned := found.get("learned"):
         print(f"tokens: {learned['tokens']}, learned {learned['learned']} ({learned['share']:.1%})")
     _print_lengths(found["lengths"])
+    for note in found["notes"]:
+        print(note)
 
 
 @data_app.command("convert", epilog="Example:  glmtune data convert train.json --to messages --out train.messages.jsonl")

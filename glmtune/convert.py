@@ -26,7 +26,8 @@ def stats(
 ) -> dict[str, Any]:
     """What stands in the files, counted. `encode`: a record -> its sequences; lengths are then in tokens, else in characters.
 
-    {"rows", "unusable", "sources": {file: rows}, "forms", "turns", "languages": {name: rows}, "lengths": {...}, "learned": {...}}
+    {"rows", "unusable", "sources": {file: rows}, "forms", "turns", "languages": {name: rows}, "lengths": {...}, "learned": {...},
+    "notes": [...]}
     """
     files = examine(paths, columns, format)
     unread = next((problem for file in files if not file.rows for problem in file.problems), None)
@@ -43,6 +44,7 @@ def stats(
         "languages": dict(
             Counter(quality.language("\n".join(quality.texts(record))) or "no letters" for _, record in good).most_common()
         ),
+        "notes": [note for file in files for note in file.cut],
     }
     if encode is None:
         return found | {"lengths": quality.lengths([sum(map(len, quality.texts(record))) for _, record in good], "characters")}
@@ -81,14 +83,16 @@ def convert(
         raise UserError(f"{out} exists already and is never overwritten; choose another name, or remove it")
     if not out.absolute().parent.is_dir():
         raise UserError(f"cannot write {out}: there is no folder {out.absolute().parent}")
-    lines = []
-    for file in examine(paths, columns, format):
+    lines, files = [], examine(paths, columns, format)
+    for file in files:
         for problem in [*file.problems, *(problem for row in file.rows for problem in row.problems)]:
             if problem.level == "error":
                 raise UserError(f"{problem.place}: {problem.message}\nnothing was written; glmtune data check lists all")
         lines += [_converted(file, row, record, to) for row in file.rows for record in row.records]
     write_whole(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    return f"{len(lines)} rows in {out}, form {to}, read back and compared"
+    return "\n".join(
+        [f"{len(lines)} rows in {out}, form {to}, read back and compared", *(note for file in files for note in file.cut)]
+    )
 
 
 def _converted(file: Checked, row: Row, record: Record, to: str) -> dict[str, Any]:

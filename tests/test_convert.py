@@ -172,3 +172,13 @@ def test_stats_tell_the_learned_share() -> None:
     assert found["lengths"]["unit"] == "tokens" and found["lengths"]["p50"] == 10
     pair = convert.stats([write("b.jsonl", ROWS["preference"])], encode=encode)
     assert pair["lengths"]["longest"] == 20, "both answers of a preference row are read"
+
+
+def test_only_so_many_rows_of_a_registered_name_are_counted_and_written_and_it_says_so():
+    write("a.jsonl", *({"instruction": f"q{i}", "output": f"a{i}"} for i in range(5)))
+    Path("data.yaml").write_text("mine: {path: a.jsonl, max_samples: 3}\n")
+    found = convert.stats(["mine"])
+    assert found["rows"] == 3 and found["notes"] == ["a.jsonl: only the first 3 rows are looked at (max_samples 3)"]
+    said = convert.convert(["mine"], "messages", "b.jsonl")
+    assert len(read("b.jsonl")) == 3 and "max_samples 3" in said
+    assert convert.stats(["a.jsonl"])["notes"] == []
