@@ -4,6 +4,7 @@ Errors are collected, name the option by its dotted path, say what came and what
 """
 
 import contextlib
+import json
 import os
 import re
 import types
@@ -255,7 +256,12 @@ def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> Ite
         if isinstance(a, dict) and isinstance(b, dict):
             yield from differences(a, b, name + ".")
         elif a != b:
-            yield f"{name} ({a!r} there, {b!r} now)"
+            yield f"{name} ({said(a)} there, {said(b)} now)"
+
+
+def said(value: Any) -> str:
+    """A value as it would be written in a run file."""
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def changed(tree: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from . import data, estimate, families, mixing, sources
+from . import data, estimate, families, mixing, options, sources
 from .chat import JOIN, Template
 from .errors import UserError
 from .records import Conversation
@@ -152,7 +152,7 @@ def _continued(method: Any) -> Any:
     if given:
         name = min(given)
         raise UserError(
-            f"method.start={method.start} has {name} {found[name]}, this run says {getattr(method, name)}; leave method.{name} out"
+            f"method.start={method.start} has {name} {options.said(found[name])}, this run says {options.said(getattr(method, name))}; leave method.{name} out"
         )
     if getattr(method, "pissa", False):
         raise UserError("method.start goes on from an adapter, method.pissa starts anew from the weights; give one")

@@ -534,18 +534,22 @@ class _Training:
                     tokens += micro.num_tokens
                 return loss, tokens
             except torch.OutOfMemoryError:
-                longest = max(self.plan.lengths[row] for row in rows)
-                if self.settings["micro_tokens"] <= longest:
-                    raise UserError(
-                        f"{self.device} has no room for the longest row, {longest} tokens, alone; try checkpointing=true, quant=nf4, "
-                        f"or a shorter max_length. Then: glmtune train in another out="
-                    ) from None
+                pass  # what was made lives as long as the exception does
             self.optimizer.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
-            self.settings["micro_tokens"] = self.state.micro_tokens = self.settings["micro_tokens"] // 2
-            self.screen.say(
-                f"no room on {self.device}: the step is done again with optim.micro_tokens={self.settings['micro_tokens']}"
+            self._smaller(max(self.plan.lengths[row] for row in rows), "the step")
+
+    def _smaller(self, longest: int, what: str) -> None:
+        """Halves micro_tokens. Raises UserError where the longest row alone is too much already."""
+        import torch
+
+        if self.settings["micro_tokens"] <= longest:
+            raise UserError(
+                f"{self.device} has no room for the longest row, {longest} tokens, alone; try checkpointing=true, quant=nf4, "
+                f"or a shorter max_length. Then: glmtune train in another out="
             )
+        torch.cuda.empty_cache()
+        self.settings["micro_tokens"] = self.state.micro_tokens = self.settings["micro_tokens"] // 2
+        self.screen.say(f"no room on {self.device}: {what} is done again with optim.micro_tokens={self.settings['micro_tokens']}")
 
     def _not_finite(self, step: int, loss: float, norm: float, lr: float) -> str:
         last = next((p for p, _ in _checkpoints(self.out)), None)
@@ -564,11 +568,21 @@ class _Training:
         noise, self.forward.noise = self.forward.noise, None
         training = self.model.training
         self.model.eval()
+        rest = [list(range(start, min(start + 64, len(dev)))) for start in range(0, len(dev), 64)]
         with torch.no_grad():
-            for start in range(0, len(dev), 64):
-                for micro in self._batches(dev, list(range(start, min(start + 64, len(dev))))):
-                    total += float(self.loss(self.forward, micro))
-                    weight += float(micro.weights.sum())
+            while rest:
+                try:
+                    sums = [
+                        (float(self.loss(self.forward, micro)), float(micro.weights.sum())) for micro in self._batches(dev, rest[0])
+                    ]
+                except torch.OutOfMemoryError:
+                    sums = []
+                if not sums:
+                    self._smaller(max(len(dev[row].ids) for row in rest[0]), "the evaluation")
+                    continue
+                del rest[0]
+                total += sum(loss for loss, _ in sums)
+                weight += sum(learned for _, learned in sums)
         self.model.train(training)
         self.forward.noise = noise
         return total / weight

@@ -106,7 +106,7 @@ def test_every_option_is_documented():
 
 def test_differences_name_both_values():
     old, new = yaml.safe_load("a: {b: 1, c: 2}\nd: x"), yaml.safe_load("a: {b: 1, c: 3}\nd: x\ne: 1")
-    assert list(options.differences(old, new)) == ["a.c (2 there, 3 now)", "e (None there, 1 now)"]
+    assert list(options.differences(old, new)) == ["a.c (2 there, 3 now)", "e (null there, 1 now)"]
 
 
 def test_text_on_the_command_line_is_taken_as_it_stands():

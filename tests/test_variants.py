@@ -383,6 +383,17 @@ def test_a_step_without_room_is_done_again_in_smaller_parts(
     assert all(torch.equal(made[0][key], other[key]) for other in made[1:] for key in made[0])
 
 
+def test_an_evaluation_without_room_is_done_again_in_smaller_parts(
+    tiny_model: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = []
+    for name, most in (("tight", 128), ("roomy", 10**6)):
+        tight(monkeypatch, lambda tokens, most=most: tokens > most and not torch.is_grad_enabled())
+        more = ["stage=tight", "optim.micro_tokens=512", "eval.share=0.5", "precision=fp32"]
+        losses.append(train(started(tiny_model, rows_file, tmp_path / name, more)).dev_loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_a_row_that_has_no_room_alone_is_an_error_for_people(
     tiny_model: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
