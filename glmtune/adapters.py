@@ -68,6 +68,18 @@ class Adapter:
     def changes_nothing(self) -> bool:
         return not self.whole and not self.dora and not any(one.A.any() and one.B.any() for one in self.layers.values())
 
+    def lacking(self, names: Iterable[str]) -> list[str]:
+        """Which of a model's linear layers its config names and its file does not hold; not asked where the config leaves some out."""
+        targets = self.config.get("target_modules")
+        if (
+            not isinstance(targets, list)
+            or self.config.get("layers_to_transform") is not None
+            or self.config.get("exclude_modules")
+        ):
+            return []
+        named = [name for name in names if any(name == target or name.endswith("." + target) for target in targets)]
+        return [name for name in named if name not in self.layers]
+
 
 # --- reading ------------------------------------------------------------------------------------------------------------
 
@@ -218,6 +230,35 @@ def listed(wrong: Sequence[str]) -> str:
     return "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
 
 
+def options_of(path: str | Path) -> dict[str, Any]:
+    """What an adapter says of the options of run.Lora or run.Prefix; layers by their full names. Raises UserError as `open_folder` and `lora`."""
+    folder, config, tensors = open_folder(path)
+    if config["peft_type"] == "PREFIX_TUNING":
+        first = next(iter(tensors.values()))
+        rows = next((tensor for name, tensor in tensors.items() if name.endswith(("embedding.weight", "prompt_embeddings"))), first)
+        return {"num_virtual_tokens": len(rows), "projection": any(".trans." in name for name in tensors)}
+    held = lora(folder, config, tensors)
+    rank, alpha, ranks, alphas = _sizes(held)
+    return {
+        "rank": rank,
+        "alpha": alpha,
+        "ranks": {name: one for name, one in ranks.items() if one != rank},
+        "alphas": {name: one for name, one in alphas.items() if one != alpha},
+        "rslora": held.rslora,
+        "dora": held.dora,
+        "targets": list(held.layers),
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in held.whole}),
+    }
+
+
+def _sizes(adapter: Adapter) -> tuple[int, float, dict[str, int], dict[str, float]]:
+    """The usual rank and alpha, and those of each layer."""
+    ranks = {name: layer.rank for name, layer in adapter.layers.items()}
+    alphas = {name: _alpha(layer, adapter.rslora) for name, layer in adapter.layers.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return rank, alpha, ranks, alphas
+
+
 # --- writing ------------------------------------------------------------------------------------------------------------
 
 
@@ -248,9 +289,7 @@ def write(folder: Path, adapter: Adapter, base: str, linear: Iterable[str] = ())
     tensors = lora_tensors(adapter)
     write_tensors(tensors, folder / "adapter_model.safetensors")
     compare(tensors, folder / "adapter_model.safetensors")
-    ranks = {name: layer.rank for name, layer in adapter.layers.items()}
-    alphas = {name: _alpha(layer, adapter.rslora) for name, layer in adapter.layers.items()}
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    rank, alpha, ranks, alphas = _sizes(adapter)
     modules = sorted({name.split(".")[-2] for name in adapter.whole})
     config = {
         "peft_type": "LORA",

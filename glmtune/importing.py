@@ -148,13 +148,9 @@ def _takes(name: str, family: Family, shapes: dict[str, list[int]]) -> list[Take
 
 def _missing(adapter: Adapter, family: Family, shapes: dict[str, list[int]], base: Path) -> list[str]:
     """Layers that target_modules selects in this model and the adapter lacks: it has more layers than the adapter's."""
-    targets = adapter.config.get("target_modules")
-    if not isinstance(targets, list) or adapter.config.get("layers_to_transform") is not None:
-        return []
     published = not family.native and not all(name + ".weight" in shapes for name in adapter.layers)
     names = _published(base) if published else families.linear_names(base)
-    asked = [name for name in names if any(name == target or name.endswith("." + target) for target in targets)]
-    return [f"{name}: the adapter has no A and B for it" for name in asked if name not in adapter.layers]
+    return [f"{name}: the adapter has no A and B for it" for name in adapter.lacking(names)]
 
 
 def _published(base: Path) -> list[str]:

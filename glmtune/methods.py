@@ -434,10 +434,8 @@ def _load_lora(model: nn.Module, adapter: Adapter) -> None:
         if name not in parameters or parameters[name].shape != tensor.shape:
             there = list(parameters[name].shape) if name in parameters else "nothing of that name"
             wrong.append(f"{name} {list(tensor.shape)}: this model has {there}")
-    targets = adapter.config.get("target_modules")
-    if isinstance(targets, list) and not wrong:
-        named = [name for name in layers if any(name == target or name.endswith("." + target) for target in targets)]
-        wrong += [f"{name}: A and B are missing" for name in named if name not in adapter.layers]
+    if not wrong:
+        wrong = [f"{name}: A and B are missing" for name in adapter.lacking(layers)]
     if not adapter.layers.keys() & layers.keys():
         wrong = [
             f"none of its layers ({next(iter(adapter.layers))} ...) is in this model; `glmtune import` brings over those of a published layout"

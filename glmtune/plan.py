@@ -102,12 +102,16 @@ def _method(run: Run, folder: Path) -> Any:
     """The run's method with names of layers as this model has them, and with what `start` says of its adapter."""
     method = run.method
     if getattr(method, "start", None):
-        method = _continued(method)
+        method = _continued(run, folder)
     if method.kind == "lora":
-        given = [method.targets] if isinstance(method.targets, str) else method.targets
-        given = families.published_targets(None if given == ["all-linear"] else given, folder)
-        targets = families.pick_targets(given, families.linear_names(folder))
-        families.lora_sizes(method, targets)  # names in ranks and alphas
+        targets = families.pick_targets(families.published_targets(_listed(method.targets), folder), families.linear_names(folder))
+        sizes = families.lora_sizes(method, targets)  # names in ranks and alphas
+        for group in families.sharing(targets) if method.share_a else ():
+            if len({sizes[name][0] for name in group}) > 1:
+                ranks = ", ".join(f"{name} {sizes[name][0]}" for name in group)
+                raise UserError(
+                    f"method.share_a gives q, k and v of a block one A, so they need one rank; method.ranks gives {ranks}"
+                )
         _check_beside(method, folder)
         method = method.model_copy(update={"targets": targets})
     return method
@@ -125,38 +129,51 @@ def _check_beside(method: Any, folder: Path) -> None:
             raise UserError(f"method.under: {given} {what}; only plain LoRA adapters can stay beneath another one")
 
 
-# adapter_config.json -> option. What is not given follows from the adapter; what is given must agree with it.
-_SAID_BY_ADAPTER = {
-    "lora": {"r": "rank", "lora_alpha": "alpha", "use_dora": "dora", "use_rslora": "rslora", "rank_pattern": "ranks",
-             "alpha_pattern": "alphas", "target_modules": "targets", "modules_to_save": "modules_to_save"},
-    "prefix": {"num_virtual_tokens": "num_virtual_tokens"},
-}  # fmt: skip
-
-
-def _continued(method: Any) -> Any:
-    """method.start: rank, targets and the like are those of the adapter."""
+def _continued(run: Run, folder: Path) -> Any:
+    """method.start: rank, targets and the like are those of the adapter. What the run says of them itself must agree."""
+    method = run.method
     config = families.adapter_config(method.start)
     if not config:
         raise UserError(
             f"method.start={method.start} is neither an adapter nor a finished run; wanted a folder with adapter_config.json"
         )
-    kind = {"LORA": "lora", "PREFIX_TUNING": "prefix"}.get(config.get("peft_type", ""))
+    kind = {"LORA": "lora", "PREFIX_TUNING": "prefix"}.get(str(config.get("peft_type")))
     if kind is None or kind != method.kind:
         raise UserError(
             f"method.start={method.start} holds a {kind or config.get('peft_type')} adapter, this run has method={method.kind}"
         )
-    found = {option: config[key] for key, option in _SAID_BY_ADAPTER[kind].items() if config.get(key) is not None}
-    if kind == "prefix":
-        found["projection"] = config.get("encoder_hidden_size") is not None and not config.get("prefix_projection")
-    given = {option for option in found if option in method.model_fields_set and getattr(method, option) != found[option]}
-    if given:
-        name = min(given)
-        raise UserError(
-            f"method.start={method.start} has {name} {options.said(found[name])}, this run says {options.said(getattr(method, name))}; leave method.{name} out"
-        )
     if getattr(method, "pissa", False):
         raise UserError("method.start goes on from an adapter, method.pissa starts anew from the weights; give one")
+    from . import adapters  # needs torch
+
+    found = adapters.options_of(method.start)
+    names = families.linear_names(folder)
+    given = found.keys() & method.model_fields_set
+    if run.resolved:  # a run file that train wrote has every option in it, the defaults too
+        fields = type(method).model_fields
+        given = {name for name in given if getattr(method, name) != fields[name].get_default(call_default_factory=True)}
+    if kind == "lora":  # layers are compared, however they are named
+        foreign = [name for name in found["targets"] if name not in names]
+        if foreign:
+            raise UserError(f"method.start={method.start} was made for another model: {foreign[0]} is no layer of this one")
+        if "targets" in given and families.pick_targets(families.published_targets(_listed(method.targets), folder), names) == [
+            name for name in names if name in found["targets"]
+        ]:
+            given.discard("targets")
+    wrong = min((name for name in given if getattr(method, name) != found[name]), default=None)
+    if wrong:
+        there = options.said(found[wrong])
+        raise UserError(
+            f"method.start={method.start} has {wrong} {there if len(there) < 100 else 'otherwise'}, this run says "
+            f"{options.said(getattr(method, wrong))}; leave method.{wrong} out"
+        )
     return method.model_copy(update=found)
+
+
+def _listed(targets: Any) -> list[str] | None:
+    """The option `targets` as a list; None: all linear layers."""
+    given = [targets] if isinstance(targets, str) else targets
+    return None if given == ["all-linear"] else given
 
 
 def _quant(run: Run, folder: Path) -> str | None:

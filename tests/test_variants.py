@@ -549,6 +549,60 @@ def test_a_run_goes_on_from_an_adapter(tiny_model: Path, rows_file: Path, tmp_pa
         train(started(tiny_model, rows_file, tmp_path / "third", ["method=prefix", f"method.start={tmp_path / 'first'}"]))
 
 
+@pytest.mark.parametrize("kind", ["lora", "prefix"])
+def test_a_run_that_goes_on_from_an_adapter_is_resumed_by_its_run_file(
+    kind: str, tiny_model: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    size = {"lora": "method.rank=3", "prefix": "method.num_virtual_tokens=5"}[kind]
+    train(started(tiny_model, rows_file, tmp_path / "first", [f"method={kind}", size, "optim.steps=1"]))
+    given = [f"method={kind}", f"method.start={tmp_path / 'first'}", "optim.steps=4", "save.every_steps=2"]
+    train(started(tiny_model, rows_file, tmp_path / "second", given))
+    straight = tensors_of(tmp_path / "second")
+    (tmp_path / "second" / "finished.json").unlink()
+    shutil.rmtree(tmp_path / "second" / "adapter")
+    shutil.rmtree(max((tmp_path / "second" / "checkpoints").iterdir()))
+    train(load_run(tmp_path / "second" / "run.yaml", []), resume=True)
+    again = tensors_of(tmp_path / "second")
+    assert all(torch.equal(straight[key], again[key]) for key in straight)
+
+
+def test_going_on_keeps_the_function_of_any_adapter_of_peft(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    """Patterns that overlap (the first counts), regular expressions, layers named by number."""
+    from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    def made(name: str, config: Any) -> None:
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), config)
+        model.save_pretrained(tmp_path / name)
+
+    common = dict(init_lora_weights=False, r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"])
+    made("overlap", LoraConfig(**common, alpha_pattern={"layers.1.self_attn.q_proj": 100, "q_proj": 4}))
+    made("pattern", LoraConfig(**common, rank_pattern={r"layers\.0\..*q_proj": 2}))
+    made("some layers", LoraConfig(**common, layers_to_transform=[1]))
+    made("without", LoraConfig(**common, exclude_modules=["model.layers.0.mlp.up_proj"]))
+    made("prefix", PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
+    for name in ("overlap", "pattern", "some layers", "without", "prefix"):
+        kind = "prefix" if name == "prefix" else "lora"
+        given = [f"method={kind}", f"method.start={tmp_path / name}", "optim.steps=1", "optim.lr=1e-12", "precision=fp32"]
+        train(started(tiny_model, rows_file, tmp_path / f"{name} on", given))
+        before, after = (
+            glmtune.load(tiny_model, adapter=tmp_path / one, dtype="fp32", device="cpu").model for one in (name, f"{name} on")
+        )
+        torch.testing.assert_close(logits(after), logits(before), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("more", "told"), [("method.ranks={q_proj: 4}", "so they need one rank"), ("", None)])
+def test_one_a_for_layers_of_several_ranks_is_refused(
+    more: str, told: str | None, tiny_model: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    run = started(tiny_model, rows_file, tmp_path / "out", ["method.share_a=true", *([more] if more else [])])
+    if told is None:
+        plan.make(run)
+        return
+    with pytest.raises(UserError, match=told):
+        plan.make(run)
+
+
 def test_fp16_leaves_out_a_step_that_overflows_and_goes_on(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
     run = started(tiny_model, rows_file, tmp_path / "out", ["precision=fp16", "method.targets=[q_proj]"])
     state = training.State(scale=2.0**60)
