@@ -8,7 +8,7 @@ import math
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +29,7 @@ FOREIGN = (
     "enable_lora", "fan_in_fan_out", "layer_replication", "lora_bias", "target_parameters", "trainable_token_indices", "use_qalora", "use_bdlora",
     "alora_invocation_tokens", "arrow_config", "monteclora_config",
 )  # fmt: skip
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CHANGED_BASES = ("pissa", "olora", "corda", "loftq")  # these beginnings of LoRA change the base's weights too
 
 
@@ -66,7 +67,11 @@ class Adapter:
 
     @property
     def changes_nothing(self) -> bool:
-        return not self.whole and not self.dora and not any(one.A.any() and one.B.any() for one in self.layers.values())
+        return (
+            not self.whole
+            and not self.dora
+            and not any(one.scaling and one.A.any() and one.B.any() for one in self.layers.values())
+        )
 
     def lacking(self, names: Iterable[str]) -> list[str]:
         """Which of a model's linear layers its config names and its file does not hold; not asked where the config leaves some out."""
@@ -115,6 +120,10 @@ def open_folder(path: str | Path) -> tuple[Path, dict[str, Any], dict[str, Tenso
     if not tensors:
         raise UserError(f"{file} holds no tensors: the program that saved it lost them; take an older checkpoint, or train again")
     for name, tensor in tensors.items():
+        if not isinstance(name, str) or tensor.dtype not in FLOATS or tensor.layout != torch.strided:
+            raise UserError(
+                f"{file}: {name} is of {tensor.dtype}, {tensor.layout}; an adapter's tensors are fp16, bf16, fp32 or fp64"
+            )
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{file}: {name} holds numbers that are not finite; the training broke down, take an older checkpoint")
     return folder, config, tensors
@@ -149,11 +158,11 @@ def _there(folder: Path) -> str:
 
 def _check_config(folder: Path, config: dict[str, Any]) -> None:
     path = folder / "adapter_config.json"
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1:
-        raise UserError(
-            f"{path}: r is {rank!r} and lora_alpha {alpha!r}; wanted a whole number above 0 and a number; copy the file again"
-        )
+    for key, (fits, wanted) in _KINDS.items():
+        if (key in ("r", "lora_alpha") or config.get(key) is not None) and not fits(config.get(key)):
+            raise UserError(
+                f"{path}: {key} is {config.get(key)!r}; wanted {wanted}; copy the file from where the adapter was trained"
+            )
     foreign = [key for key in FOREIGN if config.get(key)]
     if foreign:
         raise UserError(f"{path} uses {', '.join(foreign)}, which cannot be read; merge the adapter with the program that made it")
@@ -169,6 +178,37 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+def _is_pattern(value: Any, fits: Callable[[Any], bool]) -> bool:
+    try:
+        return isinstance(value, dict) and all(bool(re.compile(key)) and fits(one) for key, one in value.items())
+    except re.error:
+        return False
+
+
+# Keys that are read, what they may hold, and that in words.
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (_is_rank, "a whole number above 0"),
+    "lora_alpha": (_is_number, "a number"),
+    "rank_pattern": (lambda value: _is_pattern(value, _is_rank), "regular expressions, each with a whole number above 0"),
+    "alpha_pattern": (lambda value: _is_pattern(value, _is_number), "regular expressions, each with a number"),
+    "target_modules": (lambda value: isinstance(value, str) or _is_names(value), "names or a regular expression"),
+    "modules_to_save": (_is_names, "a list of names"),
+    "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
+    "use_dora": (lambda value: isinstance(value, bool), "true or false"),
+}
+
 _LORA = re.compile(r"(?P<layer>.+)\.lora_(?P<part>A|B|magnitude_vector)(?:\.(?!weight$)[^.]+)?(?:\.weight)?")
 
 
@@ -178,7 +218,7 @@ def lora(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Ad
     _check_config(folder, config)
     parts: dict[str, dict[str, Tensor]] = {}
     made = Adapter(folder, config, {})
-    saved = [name.split(".")[-1] for name in config.get("modules_to_save") or ()]
+    saved = config.get("modules_to_save") or []
     for full, tensor in tensors.items():
         name = full.removeprefix(PREFIX)
         found = _LORA.fullmatch(name)
@@ -191,14 +231,16 @@ def lora(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Ad
             name.startswith("score.") and config.get("task_type") != "SEQ_CLS"
         ):
             made.left_out.append(name)
-        elif name.rpartition(".")[0].split(".")[-1] in saved:
+        elif any(module.endswith(one) for module in _modules(name) for one in saved):  # as PEFT chooses them, with what is in them
             made.whole[name] = tensor
         else:
             raise UserError(
                 f"{folder}: {name} is no LoRA tensor of a linear layer; only A, B, DoRA's lengths and modules_to_save can be read"
             )
-    whole = {part for name in (*made.whole, *made.left_out) for part in name.split(".")}
-    wrong = [f"{name}: named in modules_to_save, but not there" for name in saved if name not in whole]
+    modules = {module for name in (*made.whole, *made.left_out) for module in _modules(name)}
+    wrong = [
+        f"{one}: named in modules_to_save, but not there" for one in saved if not any(module.endswith(one) for module in modules)
+    ]
     for name, held in parts.items():
         A, B, lengths = held.get("A"), held.get("B"), held.get("magnitude_vector")
         rank = of_pattern(config.get("rank_pattern"), name, config["r"])
@@ -221,9 +263,25 @@ def lora(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Ad
     return made
 
 
+def _modules(name: str) -> list[str]:
+    """a.b.weight -> a, a.b"""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
+
+
 def of_pattern(pattern: dict[str, Any] | None, name: str, usual: Any) -> Any:
     """PEFT's rule: keys of rank_pattern and alpha_pattern are regular expressions for the end of a layer's name."""
     return next((value for key, value in (pattern or {}).items() if re.fullmatch(rf"(.*\.)?({key})", name)), usual)
+
+
+def refuse_half(folder: Path, whole: dict[str, Tensor], one: Sequence[str]) -> None:
+    """one: names of the parameters that are one matrix in the model (tied weights). Raises UserError where an adapter has them apart."""
+    there = [name for name in one if name in whole]
+    if there and (len(there) < len(one) or not all(torch.equal(whole[name], whole[there[0]]) for name in there)):
+        raise UserError(
+            f"{folder} holds {' and '.join(there)} apart from what the model has as one matrix ({', '.join(one)} are tied), so it cannot be put "
+            "there; merge it with the program that trained it, which unties them"
+        )
 
 
 def listed(wrong: Sequence[str]) -> str:

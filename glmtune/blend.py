@@ -111,7 +111,7 @@ def _check_request(parts: Sequence[tuple[str | Path, float]], how: str, rank: in
 
 
 def _readable(parts: Sequence[tuple[str | Path, float]]) -> list[Adapter]:
-    kinds = {str(folder): families.adapter_config(folder).get("peft_type", "LORA") for folder, _ in parts}
+    kinds = {str(folder): str(families.adapter_config(folder).get("peft_type", "LORA")) for folder, _ in parts}
     if len(set(kinds.values())) > 1:
         given = ", ".join(f"{folder} is {kind}" for folder, kind in kinds.items())
         raise UserError(f"{given}: different kinds cannot be added up; mix LoRA adapters only")

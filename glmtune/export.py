@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from . import data, estimate, families, gguf, merging, methods
+from . import adapters, data, estimate, families, gguf, merging, methods
 from .chat import Template, align
 from .errors import UserError
 from .run import load_run
@@ -38,7 +38,9 @@ def export(
     Raises UserError: `to` is taken, no room, nothing to export, options of a folder for a file or the other way round.
     """
     to = Path(to).expanduser().resolve()
-    single = to.suffix == ".gguf"
+    single = to.suffix.lower() == ".gguf"
+    if not 0.001 <= shard_gb < 1e6:
+        raise UserError(f"--shard-size {shard_gb:g}: wanted the size of a weight file in GB, as in 4")
     if to.suffix in (".bin", ".safetensors"):
         raise UserError(
             f"--to {to}: a folder is written, in transformers' layout, or a file for llama.cpp; give a folder's name or NAME.gguf"
@@ -64,7 +66,10 @@ def export(
     loaded = families.load_model(place.base, dtype=dtype, device="cpu")
     kept = loaded.dtype
     estimate.refuse_room(to, families.num_parameters(place.base) * kept.itemsize)
-    if place.adapter is not None and not unmerged:
+    if place.adapter is not None and unmerged:  # whether it fits
+        methods.prepare(loaded, kept)
+        methods.unload(methods.load(loaded, place.adapter))
+    elif place.adapter is not None:
         _merge(loaded, place, template, rounding, False, say)
     work = to.with_name(f".{to.name}.part")
     shutil.rmtree(work, ignore_errors=True)
@@ -148,9 +153,9 @@ def _to_gguf(
 
 def _copy_adapter(adapter: Path, target: Path, base: Path) -> None:
     target.mkdir()
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        shutil.copyfile(adapter / name, target / name)
-    config = json.loads((target / "adapter_config.json").read_text(encoding="utf-8"))
+    _, config, tensors = adapters.open_folder(adapter)
+    methods.write_tensors(tensors, target / "adapter_model.safetensors")
+    methods.compare(tensors, target / "adapter_model.safetensors")
     config["base_model_name_or_path"] = str(base.resolve())
     methods.write_text(target / "adapter_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 

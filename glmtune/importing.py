@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import __version__, families, methods, prefix, prompts
-from .adapters import Adapter, Layer, listed, lora_tensors, new_folder, read, readme, tensors_of, write
+from .adapters import Adapter, Layer, listed, lora_tensors, new_folder, read, readme, refuse_half, tensors_of, write
 from .chat import read_object
 from .errors import UserError
 from .families import weights
@@ -120,15 +120,23 @@ def fitted(adapter: Adapter, base: Path) -> Adapter:
         for take in takes:
             lengths = None if layer.magnitude is None else _cut(layer.magnitude.flatten(), take)
             made.layers[take.name.removesuffix(".weight")] = Layer(layer.A, _cut(layer.B, take), layer.scaling, lengths)
+    tied = bool(families.config_of(base).get("tie_word_embeddings"))
+    embedding = next(
+        (name for name in adapter.whole if any("embed" in take.name for take in _takes(name, family, shapes))), "embedding"
+    )
+    if tied:
+        refuse_half(adapter.folder, adapter.whole, (embedding, "lm_head.weight"))
     for name, tensor in adapter.whole.items():
-        takes = _takes(name, family, shapes)
+        takes = _takes(embedding if tied and name == "lm_head.weight" else name, family, shapes)
         if not takes:
             wrong.append(f"{name}: no such tensor in this model, or one that it shares with another")
         elif sum(shapes[take.name][0] for take in takes) != tensor.shape[0] or list(tensor.shape[1:]) != shapes[takes[0].name][1:]:
             wrong.append(f"{name} {list(tensor.shape)} does not fit this model")
         for take in takes if not wrong else ():
             part = _cut(tensor, take).float()
-            made.whole[take.name] = torch.nn.functional.normalize(part) if take.name in family.normalised else part
+            made.whole[name if tied and name == "lm_head.weight" else take.name] = (
+                torch.nn.functional.normalize(part) if take.name in family.normalised else part
+            )
     if not wrong:
         wrong = _missing(adapter, family, shapes, base)
     if wrong:
@@ -196,13 +204,17 @@ def export_published(adapter: str | Path | None, model: str | Path, to: str | Pa
     if read_object(adapter / "adapter_config.json").get("peft_type") == "PREFIX_TUNING":
         return _export_prefix(adapter, model, base, to)
     held = fitted(read(adapter), base)
+    for name, layer in held.layers.items():
+        if not layer.scaling:  # alpha 0: layers get one scaling, and none can be brought to 0
+            held.layers[name] = Layer(layer.A, torch.zeros_like(layer.B), 1.0, layer.magnitude)
     stored = weights.open_folder(base, families.published_config(base).get("quantization_bit") or 0)
     homes = {take.name: (item, takes) for item in stored.values() if (takes := family.places(item.name)) for take in takes}
     made = Adapter(held.folder, {**held.config, "use_rslora": False}, {})
     for home in dict.fromkeys(homes[f"{name}.weight"][0].name for name in held.layers):
         item, takes = homes[next(take.name for take in family.places(home) or ())]
         made.layers[home.removesuffix(".weight")] = _fused(held, item, list(takes), say)
-    for home in dict.fromkeys(homes[name][0].name for name in held.whole):
+    made.whole |= {name: tensor for name, tensor in held.whole.items() if name not in homes}  # a head that is the embedding (tied)
+    for home in dict.fromkeys(homes[name][0].name for name in held.whole if name in homes):
         takes = list(family.places(home) or ())
         if any(take.name not in held.whole for take in takes):
             raise UserError(

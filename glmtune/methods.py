@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import prefix
-from .adapters import PREFIX, Adapter, listed, lora, lora_tensors, open_folder, read, shortest
+from .adapters import PREFIX, Adapter, listed, lora, lora_tensors, open_folder, read, refuse_half, shortest
 from .errors import UserError
 from .families import frozen_choice, lora_sizes, named_whole, pick_targets, plain_lora, sharing
 from .layers import Embedding, Linear, RowNoise, blocks, prepare, prepared
@@ -257,7 +257,11 @@ def changes_nothing(model: nn.Module) -> bool:
     layers = [layer for layer in blocks(model).values() if layer.lora_B is not None]
     if not layers or prefix.of(model) is not None or getattr(model, "saved_whole", None):
         return False
-    return all(layer.lora_magnitude is None and not bool(layer.lora_B.any()) for layer in layers if layer.lora_B is not None)
+    return all(
+        layer.lora_magnitude is None and not (layer.scaling and layer.lora_A.any() and layer.lora_B.any())
+        for layer in layers
+        if layer.lora_A is not None and layer.lora_B is not None
+    )
 
 
 def _swap(model: nn.Module, whole: dict[str, Tensor]) -> None:
@@ -410,6 +414,7 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     if not prepared(model):
         prepare(model, next(model.parameters()).dtype)
     if config["peft_type"] == "PREFIX_TUNING":
+        prefix.check(tensors, config, folder)
         unload(model)
         prefix.from_peft(model, tensors, config)
     else:
@@ -431,7 +436,12 @@ def _load_lora(model: nn.Module, adapter: Adapter) -> None:
             )
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in adapter.whole.items():
-        if name not in parameters or parameters[name].shape != tensor.shape:
+        packed = layers.get(name.rpartition(".")[0])
+        if packed is not None and packed.packed is not None:
+            wrong.append(
+                f"{name}: kept in {packed.packed.kind} here, and the adapter brings its own weights; open the model without quant"
+            )
+        elif name not in parameters or parameters[name].shape != tensor.shape:
             there = list(parameters[name].shape) if name in parameters else "nothing of that name"
             wrong.append(f"{name} {list(tensor.shape)}: this model has {there}")
     if not wrong:
@@ -440,6 +450,8 @@ def _load_lora(model: nn.Module, adapter: Adapter) -> None:
         wrong = [
             f"none of its layers ({next(iter(adapter.layers))} ...) is in this model; `glmtune import` brings over those of a published layout"
         ]
+    for name in adapter.whole:
+        refuse_half(adapter.folder, adapter.whole, [other for other in parameters if parameters[other] is parameters.get(name)])
     if wrong:
         base = adapter.config.get("base_model_name_or_path")
         raise UserError(f"the adapter {adapter.folder} was made for another model ({base}): {listed(wrong)}")

@@ -105,6 +105,15 @@ def _method(run: Run, folder: Path) -> Any:
         method = _continued(run, folder)
     if method.kind == "lora":
         targets = families.pick_targets(families.published_targets(_listed(method.targets), folder), families.linear_names(folder))
+        own = {  # layers of their own rank or alpha, under native names too
+            option: {
+                leaf: value
+                for name, value in getattr(method, option).items()
+                for leaf in families.published_targets([name], folder) or ()
+            }
+            for option in ("ranks", "alphas")
+        }
+        method = method.model_copy(update=own)
         sizes = families.lora_sizes(method, targets)  # names in ranks and alphas
         for group in families.sharing(targets) if method.share_a else ():
             if len({sizes[name][0] for name in group}) > 1:
@@ -188,10 +197,10 @@ def _quant(run: Run, folder: Path) -> str | None:
 
 def _trainable(method: Any, folder: Path, shapes: dict[str, list[int]]) -> int:
     """How many numbers a method trains. Counted from shapes: no weights are read."""
+    named = families.parameter_names(folder)
     tied = bool(families.config_of(folder).get("tie_word_embeddings"))
     size = {name: math.prod(shape) for name, shape in shapes.items() if not (tied and name == "lm_head.weight")}
     head = next((name for name in size if "embed" in name), "") if tied else ""  # tied weights are one, under two names
-    named = [*size, *(["lm_head.weight"] if tied else [])]
 
     def chosen(names: Iterable[str]) -> int:
         return sum(size[name] for name in {head if tied and name == "lm_head.weight" else name for name in names})

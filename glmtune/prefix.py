@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -534,6 +535,21 @@ def _agrees(model: Any, cached: Tensor) -> bool:
     exact = kind == torch.float32
     allowed = (1e-3 if exact else 0.1) * (ours - without).abs().max() + (1e-5 if exact else 1e-2) * ours.abs().max()
     return bool((ours - theirs).abs().max() <= allowed)
+
+
+def check(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path) -> None:
+    """Raises UserError for an adapter folder's prefix that does not make sense by itself."""
+    known = {"prompt_embeddings", OURS + "embedding.weight"}
+    foreign = [name for name in tensors if name not in known and not name.startswith(OURS + "trans.")]
+    sizes = {len(tensor) for name, tensor in tensors.items() if name in known}
+    said = config.get("num_virtual_tokens")
+    if foreign or not sizes:
+        raise UserError(f"{folder}: this is no prefix: {foreign[0] if foreign else 'it'} is none of {', '.join(sorted(known))}")
+    if sizes != {said} or 0 in sizes:
+        raise UserError(
+            f"{folder}: its prefix has {', '.join(map(str, sorted(sizes)))} virtual tokens, its adapter_config.json says {said!r}; files of "
+            "different adapters, or a damaged one: copy the folder again"
+        )
 
 
 def from_peft(model: Any, tensors: dict[str, Tensor], config: dict[str, Any]) -> Encoder:

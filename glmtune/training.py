@@ -11,6 +11,7 @@ import importlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import time
@@ -19,9 +20,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from . import __version__, batch, estimate, families, options, plan, report
 from .errors import Interrupted, UserError
-from .run import ADAPTERS, DEFAULT_LR, Run, load_run
+from .run import ADAPTERS, DEFAULT_LR, Resolved, Run, load_run
 from .stages import STAGES
 from .store import digest_of
 
@@ -76,6 +79,25 @@ class State:
     micro_tokens: int | None = None  # what the device had room for, where that was less than the run's settings say
 
 
+@dataclass(kw_only=True)
+class Kept(State):
+    """A checkpoint's state.json."""
+
+    numbers: dict[str, Any]  # the optimizer's
+    files: dict[str, str]  # digests
+
+
+@dataclass
+class Finished:
+    """A run's finished.json."""
+
+    steps: int
+    loss: float | None
+    dev_loss: float | None
+    best_step: int | None
+    seconds: float
+
+
 # --- the run's folder -------------------------------------------------------------------------------------------------------
 
 
@@ -97,11 +119,14 @@ def train(run: Run, *, resume: bool = False, screen: Screen | None = None) -> Re
     with _claimed(out, resume):
         stored = _stored(out, run) if resume else None
         if stored is not None and (out / "finished.json").is_file():
+            done = _finished(out)
             screen.say(f"{out} is finished already; nothing to do")
-            return _finished(out)
+            return done
         made = plan.make(run, screen.say, screen.counting("rows tokenised"))
         screen.stop()
-        settings = stored.resolved if stored is not None and stored.resolved else resolve(made)
+        settings = dict(stored.resolved or {}) if stored is not None else {}
+        if not settings.keys() >= Resolved.__annotations__.keys():  # new, or of a version that chose less
+            settings = resolve(made) | settings
         _same_data(settings, made, out)
         _check_room(made, settings, out)
         screen.plan(made)
@@ -248,11 +273,8 @@ def setting(made: plan.Plan, settings: dict[str, Any]) -> estimate.Setting:
     tokens = max(longest, min(settings["micro_tokens"], step))
     depth = 1.0
     if run.method.kind == "freeze":
-        layers = {
-            int(name.split(".")[2])
-            for name in families.frozen_choice(run.method, list(families.tensor_shapes(made.folder)))
-            if name.split(".")[2].isdigit()
-        }
+        trained = families.frozen_choice(run.method, families.parameter_names(made.folder))
+        layers = {int(found[1]) for name in trained if (found := re.search(r"\.(\d+)\.", name))}
         depth = 1 - min(layers, default=made.shape.layers) / made.shape.layers
     return estimate.Setting(
         run.method.kind, settings["precision"], settings["quant"], run.optim.kind, tokens, longest, round(tokens * learned),
@@ -286,15 +308,26 @@ def _no_room(out: Path) -> str:
 
 
 def _finished(out: Path) -> Report:
-    done = json.loads((out / "finished.json").read_text(encoding="utf-8"))
+    path = out / "finished.json"
+    try:
+        done = TypeAdapter(Finished).validate_json(path.read_bytes(), strict=True)
+    except ValidationError:
+        raise UserError(f"{path} is damaged; delete it, and --resume goes on from the newest checkpoint in {out}") from None
     samples = read_jsonl(out / "samples.jsonl")
-    return Report(
-        out, done["steps"], done["loss"], done["dev_loss"], done["best_step"], done["seconds"], samples, report.hits(samples)
-    )
+    return Report(out, done.steps, done.loss or 0.0, done.dev_loss, done.best_step, done.seconds, samples, report.hits(samples))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    """The objects of a file that train wrote, one a line; none where there is no file. Raises UserError."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            rows.append(None)
+        if not isinstance(rows[-1], dict):
+            raise UserError(f"{path}:{number} is damaged: wanted a JSON object; mend the line, or delete the file, then --resume")
+    return rows
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -305,16 +338,22 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 # --- checkpoints --------------------------------------------------------------------------------------------------------------
 
 
-def _checkpoints(out: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+def _saved(out: Path) -> dict[int, Path]:
+    """All checkpoints by their steps, the newest first."""
+    found = {int(p.name[5:]): p for p in (out / "checkpoints").glob("step-*") if p.name[5:].isdigit()}
+    return dict(sorted(found.items(), reverse=True))
+
+
+def _checkpoints(out: Path) -> Iterator[tuple[Path, Kept]]:
     """Complete checkpoints, the newest first, with their state. Damaged ones are passed over."""
-    found = [p for p in (out / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
-    for path in sorted(found, key=lambda p: int(p.name[5:]), reverse=True):
+    for step, path in _saved(out).items():
         try:
-            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            if all(digest_of(path / name) == digest for name, digest in state["files"].items()):
-                yield path, state
-        except (OSError, ValueError, KeyError):
+            kept = TypeAdapter(Kept).validate_json((path / "state.json").read_bytes(), strict=True)
+            whole = kept.step == step and kept.files and all(digest_of(path / name) == was for name, was in kept.files.items())
+        except (OSError, ValueError):
             continue
+        if whole:
+            yield path, kept
 
 
 # --- the loop -----------------------------------------------------------------------------------------------------------------
@@ -430,14 +469,9 @@ class _Training:
         self._save_result(self.out, final=True)
         samples = self._ask("after")
         report.write(self.out)
-        done = {
-            "steps": self.state.step,
-            "loss": self.state.last_loss,
-            "dev_loss": self.state.best_loss,
-            "best_step": self.state.best_step,
-            "seconds": round(self.state.seconds, 3),
-        }
-        options.write_whole(self.out / "finished.json", json.dumps(done) + "\n")
+        state = self.state
+        done = Finished(state.step, state.last_loss, state.best_loss, state.best_step, round(state.seconds, 3))
+        options.write_whole(self.out / "finished.json", json.dumps(asdict(done)) + "\n")
         return Report(
             self.out,
             self.state.step,
@@ -646,9 +680,8 @@ class _Training:
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
-        kept = sorted((p for p in folder.parent.glob("step-*")), key=lambda p: int(p.name[5:]))[-self.plan.run.save.keep :]
-        for old in folder.parent.glob("step-*"):
-            if old not in kept and old.name != f"step-{self.state.best_step}":
+        for step, old in list(_saved(self.out).items())[self.plan.run.save.keep :]:
+            if step != self.state.best_step:
                 shutil.rmtree(old)
 
     def _load(self) -> None:
@@ -659,22 +692,20 @@ class _Training:
 
         for leftover in (self.out / "checkpoints").glob(".part-*"):
             shutil.rmtree(leftover)
-        newest = max((int(p.name[5:]) for p in (self.out / "checkpoints").glob("step-*") if p.name[5:].isdigit()), default=None)
         found = next(_checkpoints(self.out), None)
+        last = found[1].step if found else 0
+        damaged = {step: path for step, path in _saved(self.out).items() if step > last}
+        if damaged:
+            self.screen.say(f"checkpoint step-{max(damaged)} is damaged; going back to step-{last}")
+        for path in damaged.values():
+            shutil.rmtree(path)
         if found is None:
             self.screen.say("there is no complete checkpoint yet; starting at step 0")
             return
-        folder, state = found
-        if newest is not None and state["step"] < newest:
-            self.screen.say(f"checkpoint step-{newest} is damaged; going back to step-{state['step']}")
-            for path in (self.out / "checkpoints").glob("step-*"):
-                if int(path.name[5:]) > state["step"]:
-                    shutil.rmtree(path)
-        self.screen.say(f"continuing from {folder} (step {state['step']} of {self.settings['steps']})")
-        state.pop("files")
-        numbers = state.pop("numbers")
-        for name, value in state.items():
-            setattr(self.state, name, value)
+        folder, kept = found
+        self.screen.say(f"continuing from {folder} (step {kept.step} of {self.settings['steps']})")
+        for name in asdict(self.state):
+            setattr(self.state, name, getattr(kept, name))
         if self.state.micro_tokens is not None:
             self.settings["micro_tokens"] = self.state.micro_tokens
         if self.state.best_step is not None and self.state.best_step > self.state.step:
@@ -688,7 +719,7 @@ class _Training:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(trained[name])
-        optimizer.restore(self.optimizer, self.parameters, methods.read_tensors(folder / "optimizer.safetensors"), numbers)
+        optimizer.restore(self.optimizer, self.parameters, methods.read_tensors(folder / "optimizer.safetensors"), kept.numbers)
 
     def _cut_log(self) -> None:
         """Steps after the checkpoint are made again, so their lines go."""
@@ -710,6 +741,8 @@ class _Training:
 
         path, questions = self.out / "samples.jsonl", self.plan.questions
         rows = read_jsonl(path)
+        if questions and rows and len(rows) != len(questions):
+            raise UserError(f"{path} has {len(rows)} lines for {len(questions)} questions; delete it, then --resume")
         if not questions or (rows and rows[0].get(when) is not None):
             return rows
         if when == "before" or not rows:

@@ -17,6 +17,7 @@ from glmtune import blend, cli, families, methods
 from glmtune.adapters import Adapter, Layer, read
 from glmtune.blend import mix
 from glmtune.errors import UserError
+from glmtune.export import export
 from glmtune.importing import export_published, import_adapter
 from glmtune.prompts import PROMPTS, trained_form
 from glmtune.run import Lora
@@ -737,3 +738,35 @@ def test_the_command_mixes_and_the_result_opens(two, tiny_model, tmp_path, capsy
     with pytest.raises(SystemExit) as stopped:
         cli.main(["mix", str(a), "--to", str(tmp_path / "d")])
     assert stopped.value.code == 2 and "wanted ADAPTER=WEIGHT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["truncated", "published", "another", "bin"])
+def test_an_adapter_that_is_left_unmerged_is_looked_at(models, tmp_path, how):
+    """What is written beside the base opens there, or nothing is written."""
+    base = models["chatglm3-6b"]
+    old = old_adapter(tmp_path / "old", base, ("query_key_value",))
+    adapter = import_adapter(old, base, tmp_path / "native")
+    if how == "truncated":
+        path = adapter / "adapter_model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+    elif how == "bin":
+        torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+        (adapter / "adapter_model.safetensors").unlink()
+    given = old if how == "published" else adapter
+    onto = models["baichuan2-7b-chat"] if how == "another" else base
+    if how == "bin":
+        made = export(onto, tmp_path / "out", adapter=given, unmerged=True, dtype="fp32")
+        want, got = logits(opened(onto, given)), logits(opened(made, made / "adapter"))
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+        return
+    with pytest.raises(UserError, match={"truncated": "cut short", "published": "glmtune import"}.get(how, "another model")):
+        export(onto, tmp_path / "out", adapter=given, unmerged=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_layer_of_alpha_zero_is_exported_back(models, tmp_path):
+    base = models["chatglm3-6b"]
+    old = old_adapter(tmp_path / "old", base, ("dense_4h_to_h", "dense"), alpha_pattern={"dense_4h_to_h": 0})
+    back = export_published(import_adapter(old, base, tmp_path / "new"), base, tmp_path / "back")
+    again = import_adapter(back, base, tmp_path / "again")
+    torch.testing.assert_close(logits(opened(base, again)), logits(opened(base, tmp_path / "new")), rtol=0, atol=1e-5)

@@ -311,6 +311,66 @@ def test_an_adapter_without_some_of_its_layers_is_refused(tiny_model, saved):
     assert "layers.1.self_attn.q_proj" in refused(tiny_model, change(saved, edit))
 
 
+@pytest.mark.parametrize("kind", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_tensors_that_are_no_ordinary_numbers_are_refused(tiny_model, saved, kind):
+    assert "an adapter's tensors are" in refused(
+        tiny_model, change(saved, lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(4, 32).to(kind)}))
+    )
+
+
+@pytest.mark.parametrize("saved_modules", [["embed_tokens"], ["lm_head"], ["norm"], ["mlp"]])
+def test_whole_modules_of_peft_are_loaded_or_refused(tmp_path, saved_modules):
+    """Of tied weights PEFT trains one side apart: then it is refused; everything else gives PEFT's logits."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    for tied in (True, False):
+        base = tiny.llama(tmp_path / f"base{tied}", tie_word_embeddings=tied)
+        options = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=saved_modules, init_lora_weights=False)
+        theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), options).eval()
+        with torch.no_grad():
+            for name, parameter in theirs.named_parameters():
+                if "modules_to_save" in name:
+                    parameter += torch.randn(parameter.shape) * 0.1
+        theirs.save_pretrained(tmp_path / f"a{tied}")
+        if tied and saved_modules[0] in ("embed_tokens", "lm_head"):
+            assert "are tied" in refused(base, tmp_path / f"a{tied}")
+        else:
+            torch.testing.assert_close(
+                logits(methods.load(prepared(base), tmp_path / f"a{tied}")), logits(theirs), rtol=0, atol=2e-5
+            )
+
+
+def test_a_refused_prefix_leaves_the_one_that_is_on(tiny_model, tmp_path):
+    from glmtune import prefix
+    from glmtune.run import Prefix
+
+    model = prepared(tiny_model).requires_grad_(False)
+    prefix.attach(model, 5)
+    methods.save_adapter(model, tmp_path / "good", Prefix(num_virtual_tokens=5), str(tiny_model))
+    before = logits(methods.load(model, tmp_path / "good"))
+    bad = shutil.copytree(tmp_path / "good", tmp_path / "bad")
+    config = json.loads((bad / "adapter_config.json").read_text())
+    for changed in ({"num_virtual_tokens": 9}, {"num_virtual_tokens": "x"}):
+        (bad / "adapter_config.json").write_text(json.dumps({**config, **changed}))
+        with pytest.raises(UserError, match="its prefix has 5 virtual tokens"):
+            methods.load(model, bad)
+        assert torch.equal(logits(model), before)
+    (bad / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="this is no prefix: other is none of"):
+        methods.load(model, change(bad, lambda tensors: tensors.update(other=torch.ones(3))))
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize(("alpha", "zero"), [(0, "B"), (16, "A")])
+def test_an_adapter_without_effect_is_known(tiny_model, saved, alpha, zero):
+    config = json.loads((saved / "adapter_config.json").read_text())
+    (saved / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": alpha}))
+    if zero == "A":
+        change(saved, lambda tensors: tensors.update({name: t * 0 for name, t in tensors.items() if "lora_A" in name}))
+    assert methods.changes_nothing(methods.load(prepared(tiny_model), saved))
+
+
 def test_an_adapter_without_any_tensor_is_refused(tiny_model, saved):
     refused(tiny_model, change(saved, lambda tensors: tensors.clear()))
 
@@ -333,6 +393,17 @@ def test_a_broken_adapter_config_is_told(tiny_model, saved, text):
         ({"peft_type": "PREFIX_TUNING"}, "this is no prefix"),
         ({"peft_type": "IA3"}, "its peft_type is IA3; LoRA"),
         ({"r": 8}, "has rank 4, its adapter_config.json says 8"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern is"),
+        ({"alpha_pattern": ["q_proj"]}, "alpha_pattern is"),
+        ({"rank_pattern": {"(": 4}}, "rank_pattern is"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ({"lora_alpha": True}, "lora_alpha is True"),
+        ({"lora_alpha": None}, "lora_alpha is None"),
+        ({"target_modules": 5}, "target_modules is 5"),
+        ({"target_modules": [None]}, "target_modules is"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head'"),
+        ({"use_rslora": "false"}, "use_rslora is 'false'"),
+        ({"peft_type": ["LORA"]}, "its peft_type is"),
         ({"use_dora": True}, "lora_magnitude_vector and use_dora do not go together"),
         ({"modules_to_save": ["lm_head"]}, "lm_head: named in modules_to_save, but not there"),
         ({"bias": "all"}, "bias is all"),

@@ -591,6 +591,37 @@ def test_going_on_keeps_the_function_of_any_adapter_of_peft(tiny_model: Path, ro
         torch.testing.assert_close(logits(after), logits(before), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_freeze_trains_the_head_too(tied: bool, rows_file: Path, tmp_path: Path) -> None:
+    base = tiny.llama(tmp_path / "base", tie_word_embeddings=tied)
+    train(
+        started(
+            base,
+            rows_file,
+            tmp_path / "out",
+            ["method=freeze", "method.last=1", "method.others=[lm_head]", "optim.steps=1", "precision=fp32"],
+        )
+    )
+    before, after = (families.load_model(folder, dtype=torch.float32).state_dict() for folder in (base, tmp_path / "out" / "model"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert (
+        "lm_head.weight" in moved
+        and ("model.embed_tokens.weight" in moved) is tied
+        and not any("layers.0" in name for name in moved)
+    )
+
+
+def test_published_names_have_ranks_too(tmp_path: Path, rows_file: Path) -> None:
+    base = published.glm(tmp_path / "chatglm3-6b", "THUDM/chatglm3-6b")
+    made = plan.make(
+        started(base, rows_file, tmp_path / "out", ["method.ranks={query_key_value: 4}", "method.alphas={dense_h_to_4h: 3}"])
+    )
+    sizes = families.lora_sizes(made.method, made.method.targets)
+    assert {name.split(".")[-1]: size for name, size in sizes.items() if size != (8, 16)} == {
+        "q_proj": (4, 16), "k_proj": (4, 16), "v_proj": (4, 16), "gate_up_proj": (8, 3)
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(("more", "told"), [("method.ranks={q_proj: 4}", "so they need one rank"), ("", None)])
 def test_one_a_for_layers_of_several_ranks_is_refused(
     more: str, told: str | None, tiny_model: Path, rows_file: Path, tmp_path: Path

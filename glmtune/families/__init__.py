@@ -111,6 +111,13 @@ def tensor_shapes(folder: Path) -> dict[str, list[int]]:
     return {name: list(shape) for name, shape, _, _ in weights.native(family, stored)}
 
 
+def parameter_names(folder: Path) -> list[str]:
+    """Native names of all parameters; of tied weights both, which files may hold once."""
+    names = list(tensor_shapes(folder))
+    tied = bool(config_of(folder).get("tie_word_embeddings")) and "lm_head.weight" not in names
+    return [*names, *(["lm_head.weight"] if tied else [])]
+
+
 def _bits(folder: Path) -> int:
     bits = published_config(folder).get("quantization_bit") or 0
     if bits not in (0, 4, 8):
