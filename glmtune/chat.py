@@ -449,6 +449,10 @@ def jinja_parts(
         messages = [{"role": t.role, "content": text, **quote(t.extra)} for t, text in zip(turns, texts)]
         full = render(messages, add_generation_prompt=open_answer)
         made, at = [], 0
+        # A prompt for every answer would take time that grows with the square of the turns: beyond the first few, what stands before an
+        # answer is cut where the same text after the same role was; the last answer's prompt is rendered again.
+        cuts: dict[tuple[str, str], int] = {}
+        final = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
         for i, turn in enumerate(turns):
             if turn.role == "assistant" and turn.extra.get("tool_calls"):
                 prompt = render(messages[:i], add_generation_prompt=True)
@@ -477,10 +481,14 @@ def jinja_parts(
                 made += [Part("scaffold", full[at:start]), Part("text", "", i)]
                 at = start + len(sentinel(i))
                 continue
-            prompt = render(messages[:i], add_generation_prompt=True)
-            if not full.startswith(prompt) or not at <= len(prompt) <= start:
-                raise _uncuttable(f"its prompt for turn {i + 1} is not the beginning of the rendered conversation")
-            made += [Part("scaffold", full[at : len(prompt)]), Part("lead", full[len(prompt) : start], i), Part("answer", "", i)]
+            before = (turns[i - 1].role if i else "", full[at:start])
+            if i < 16 or i == final or before not in cuts:
+                prompt = render(messages[:i], add_generation_prompt=True)
+                if not full.startswith(prompt) or not at <= len(prompt) <= start:
+                    raise _uncuttable(f"its prompt for turn {i + 1} is not the beginning of the rendered conversation")
+                cuts[before] = len(prompt) - at
+            begin = at + cuts[before]
+            made += [Part("scaffold", full[at:begin]), Part("lead", full[begin:start], i), Part("answer", "", i)]
             at = start + len(sentinel(i))
             following = next((full.find(t, at) for t in texts[i + 1 :] if t.startswith(sentinel(0)[0])), len(full))
             stop = _first_special(full[at:following], special)

@@ -482,8 +482,15 @@ def data_check(
         typer.Option(help="A file to watch the training with; rows of it that are trained on are told.", show_default=False),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Count tokens with this model's template.", show_default=False)] = None,
-    max_length: Annotated[int, typer.Option(min=1, help="Longest row, in tokens (with --model).")] = 1024,
-    too_long: Annotated[str, typer.Option(help="The run's policy: error, skip, cut-left-turns, cut-answer.")] = "error",
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Longest row, in tokens, 1024 if not given (with --model).", show_default=False)
+    ] = None,
+    too_long: Annotated[
+        str | None,
+        typer.Option(
+            help="The run's policy: error (if not given), skip, cut-left-turns, cut-answer (with --model).", show_default=False
+        ),
+    ] = None,
     columns: Columns = None,
     format: Format = None,
     fix: Annotated[
@@ -493,14 +500,17 @@ def data_check(
     json_: Json = False,
 ) -> None:
     """Find every malformed row by file and line. Exit code 2 when there are errors."""
-    if too_long not in ("error", "skip", "cut-left-turns", "cut-answer"):
+    for name, value in (("--max-length", max_length), ("--too-long", too_long)):
+        if value is not None and model is None:
+            raise UserError(f"{name} {value}: tokens are counted with a model's template only; give --model too")
+    if too_long not in (None, "error", "skip", "cut-left-turns", "cut-answer"):
         raise UserError(f"--too-long {too_long}: wanted error, skip, cut-left-turns or cut-answer")
     from . import check
 
     examples = _encoder(model) if model is not None else None
     encode = None if examples is None else lambda record: max(len(example.ids) for example in examples(record))
     read: dict[str, Any] = {"columns": _columns(columns), "format": format}
-    found = check.check(files, dev=dev or (), encode=encode, max_length=max_length, too_long=too_long, **read)
+    found = check.check(files, dev=dev or (), encode=encode, max_length=max_length or 1024, too_long=too_long or "error", **read)
     errors = sum(problem["level"] == "error" for problem in found["problems"])
     if json_:
         print(json.dumps(found, ensure_ascii=False))

@@ -36,12 +36,12 @@ class Tally:
     rows: int = 0
     made: int = 0
     long: int = 0  # rows beyond the length policy `error`
-    longest: tuple[int, str] = (0, "")  # tokens of the longest of them, and where it stands
+    longest: tuple[int, str, bool] = (0, "", True)  # tokens of the longest of them, where it stands, and whether they were counted
 
     def add(self, other: "Tally") -> None:
         self.counts += other.counts
         self.rows, self.made, self.long = self.rows + other.rows, self.made + other.made, self.long + other.long
-        self.longest = max(self.longest, other.longest, key=lambda pair: pair[0])
+        self.longest = max(self.longest, other.longest, key=lambda found: found[0])
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def encode_conversation(template: Template, row: Conversation, limits: Limits, t
     if len(row.turns) > limits.longest:  # a token a turn at the least: cut before thousands of turns are written out
         if limits.too_long == "error":
             tally.long += 1
-            tally.longest = max(tally.longest, (len(row.turns), row.where), key=lambda pair: pair[0])
+            tally.longest = max(tally.longest, (len(row.turns), row.where, False), key=lambda found: found[0])
             return []
         row = replace(row, turns=_last_turns(row.turns, limits.longest))
         tally.counts[f"rows of more turns than max_length has tokens: oldest turns left out (too_long: {limits.too_long})"] += 1
@@ -71,7 +71,7 @@ def encode_conversation(template: Template, row: Conversation, limits: Limits, t
         if len(example.ids) > limits.longest:
             if limits.too_long == "error":
                 beyond = 1
-                tally.longest = max(tally.longest, (len(example.ids), example.where), key=lambda pair: pair[0])
+                tally.longest = max(tally.longest, (len(example.ids), example.where, True), key=lambda found: found[0])
                 continue
             example = _shorten(template, part, example, limits, tally.counts)
         if example is not None and not any(example.weights):
@@ -93,15 +93,15 @@ def _last_turns(turns: tuple[Turn, ...], count: int) -> tuple[Turn, ...]:
 def finish(tally: Tally, limits: Limits) -> None:
     """After the last row. Raises UserError when the policy is `error` and rows are too long, or when nothing is left to learn."""
     if tally.long:
-        tokens, where = tally.longest
-        can = limits.positions is None or tokens <= limits.positions
+        tokens, where, counted = tally.longest
+        can = counted and (limits.positions is None or tokens <= limits.positions)
         what = (
             f"max_length={limits.max_length} tokens"
             if limits.longest == limits.max_length
             else f"the {limits.longest} tokens that this model reads"
         )
         raise UserError(
-            f"{tally.long} of {tally.rows} rows are longer than {what}; the longest has {tokens} ({where})\n"
+            f"{tally.long} of {tally.rows} rows are longer than {what}; the longest has {'' if counted else 'more than '}{tokens} ({where})\n"
             f"paste one of: {f'max_length={tokens}   ' if can else ''}too_long=skip   (also: too_long=cut-left-turns, too_long=cut-answer)"
         )
     if not tally.made:
@@ -160,7 +160,7 @@ def encode_prompt(template: Template, row: Conversation, limits: Limits, tally: 
     ids = template.prompt(row)
     if len(ids) >= limits.longest:
         tally.long += 1
-        tally.longest = max(tally.longest, (len(ids), row.where), key=lambda pair: pair[0])
+        tally.longest = max(tally.longest, (len(ids), row.where, True), key=lambda found: found[0])
         return []
     return [align(ids, [0.0] * len(ids), row.where)]
 

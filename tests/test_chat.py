@@ -79,6 +79,24 @@ def test_a_prompt_is_a_prefix_of_its_training_sequence(templates, name, messages
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_long_conversation_is_cut_as_a_short_one(templates, name):
+    template = templates[name]
+    messages = [{"role": role, "content": f"{role} {i} said"} for i in range(40) for role in ("user", "assistant")]
+    whole = template.encode(messages)
+    for end in (1, 39, 79):
+        prompt = template.prompt(messages[:end])
+        assert whole.ids[: len(prompt)] == prompt
+    assert (
+        whole.num_learned
+        == sum(
+            template.encode(messages[:end]).num_learned - template.encode(messages[: end - 2]).num_learned
+            for end in range(4, 82, 2)
+        )
+        + template.encode(messages[:2]).num_learned
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=60, deadline=None)
 @given(messages=conversations(), learn=st.sampled_from(["all", "last"]))
 def test_exactly_the_answers_and_their_stop_marks_are_learned(templates, name, messages, learn):

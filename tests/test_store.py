@@ -399,3 +399,11 @@ def test_a_killed_worker_is_told_and_nothing_is_left(wanted, cache, monkeypatch)
         tokenise.tokenised(wanted(), workers=2, progress=kill, keep=True)
     assert not list(cache.iterdir())
     assert len(tokenise.tokenised(wanted(), workers=2, keep=True)) == 60
+
+
+def test_more_turns_than_tokens_allowed_names_no_length_to_paste(wanted, cache, tmp_path):
+    turns = [{"role": role, "content": "the cat"} for _ in range(40) for role in ("user", "assistant")]
+    path = tiny.write_rows(tmp_path / "long.jsonl", [{"messages": turns}])
+    with pytest.raises(UserError, match="the longest has more than 80 ") as error:
+        tokenise.tokenised(wanted(sources=[Source(path=str(path))], max_length=20))
+    assert "max_length=80" not in str(error.value)
