@@ -7,10 +7,13 @@ those of the tools' own argument classes; an old name is brought to LLaMA-Factor
 
 import contextlib
 import json
+import math
 import re
+import reprlib
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +186,7 @@ NO_COUNTERPART: dict[str, str] = {
 }  # fmt: skip
 _REASONS = {name: (kind, why) for kind, table in (("not needed", NOT_NEEDED), ("no counterpart", NO_COUNTERPART))
             for names, why in table.items() for name in names.split()}  # fmt: skip
-_SECRET = re.compile(r"token$|key$|secret|webhook", re.IGNORECASE)
+_SECRET = re.compile(r"(token|key)s?$|secret|webhook|passw|pwd|credential|auth", re.IGNORECASE)
 
 
 def is_run_file(path: str | Path) -> bool:
@@ -201,20 +204,27 @@ def convert(path: str | Path, to: str | Path, say: Say = lambda text: None) -> R
     if to.exists():
         raise UserError(f"{to} exists already and is never overwritten; choose another --to, or remove it")
     old = _read(path)
-    made = _converted(old)
+    try:
+        made = _converted(old)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     try:  # before anything is written: what comes out is a run file
         options.build(Run, made.tree)
     except UserError as error:
         raise UserError(f"{path}: its values make no run file of ours: {error}") from None
     told = "\n".join([*made.comments.values(), *made.notes, *old.beside])
-    remarks = [f"changed: {note}" for note in made.notes] + old.left(told)
-    head = f"# From {path.name}, a run of {old.tool}. Behind each value stands where it comes from; remarks are at the end.\n"
-    text = head + "\n".join(_lines(made.tree, made.comments)) + "\n\n" + "".join(f"# {line}\n" for line in remarks)
+    head = f"From {path.name}, a run of {old.tool}. Behind each value stands where it comes from; remarks are at the end."
+    remarks = [_line(line) for line in (*(f"changed: {note}" for note in made.notes), *old.left(told))]
+    text = "\n".join([f"# {_line(head)}", *_lines(made.tree, made.comments), "", *(f"# {line}" for line in remarks)]) + "\n"
     for line in (f"{path}: a run of {old.tool}", *remarks):
         say(line)
     to.parent.mkdir(parents=True, exist_ok=True)
     options.write_whole(to, text)
-    return load_run(to)
+    try:
+        return load_run(to)
+    except UserError:  # nothing is left behind that the next import would find
+        to.unlink()
+        raise
 
 
 # --- what was read ----------------------------------------------------------------------------------------------------------
@@ -241,29 +251,42 @@ class Old:
         """The value given, or else the tool's own default (None: neither)."""
         self.taken.add(name)
         found = self.given.get(name, self.defaults.get(name))
-        return None if isinstance(found, str) and found.lower() in ("none", "null", "") else found
+        return None if _empty(found) else found
 
     def number(self, name: str) -> Any:
-        found = self.value(name)
-        if isinstance(found, str):
-            with contextlib.suppress(ValueError):
-                found = float(found) if not re.fullmatch(r"[-+]?\d+", found) else int(found)
-        if found is not None and (isinstance(found, bool) or not isinstance(found, int | float)):
-            raise UserError(f"{self.called.get(name, name)}: wanted a number, got {found!r}")
-        return found
+        return _number(self.called.get(name, name), self.value(name))
+
+    def whole(self, name: str, least: int | None = None, share: bool = False) -> Any:
+        """A whole number. least: it cannot be absent, and is no smaller; share: below 1 it is a part of the whole."""
+        found = self.number(name)
+        if share and found is not None and abs(found) < 1:
+            return found
+        if (isinstance(found, float) and not found.is_integer()) or (least is not None and (found is None or found < least)):
+            raise self._wrong(name, "a whole number" + (f" of {least} or more" if least is not None else ""), found)
+        return found if found is None else int(found)
 
     def flag(self, name: str) -> bool:
         found = self.value(name)
-        if isinstance(found, str):
-            if found.lower() not in ("true", "false", "1", "0", "yes", "no", "t", "f", "y", "n"):
-                raise UserError(f"{self.called.get(name, name)}: wanted true or false, got {found!r}")
+        if isinstance(found, str) and found.lower() in ("true", "false", "1", "0", "yes", "no", "t", "f", "y", "n"):
             return found.lower() in ("true", "1", "yes", "t", "y")
+        if isinstance(found, str | list | dict):
+            raise self._wrong(name, "true or false", found)
         return bool(found)
+
+    def text(self, name: str, found: Any = None) -> str | None:
+        """found: one text of a list that stands under this name."""
+        found = self.value(name) if found is None else found
+        if found is True or not (found is None or isinstance(found, str | int | float | date)):
+            raise self._wrong(name, "a text", found)
+        return None if found is None or found is False else str(found)
 
     def names(self, name: str) -> list[str]:
         found = self.value(name)
-        items = found if isinstance(found, list) else str(found).split(",") if found is not None else []
-        return [str(item).strip() for item in items if str(item).strip()]
+        items = [self.text(name, item) for item in found] if isinstance(found, list) else (self.text(name) or "").split(",")
+        return [item.strip() for item in items if item and item.strip()]
+
+    def _wrong(self, name: str, wanted: str, found: Any) -> UserError:
+        return _wrong(self.called.get(name, name), wanted, found)
 
     def origin(self, *names: str) -> str:
         """Where a value comes from, for the comment behind it."""
@@ -283,7 +306,7 @@ class Old:
             kind, why = _REASONS.get(called) or _REASONS.get(name) or ("no counterpart", "")
             if name in self.taken and not why:
                 kind, why = "not needed", "it was off, or another argument decides"
-            if kind == "no counterpart" and str(value).lower() in OFF:
+            if kind == "no counterpart" and not isinstance(value, list | dict) and str(value).lower() in OFF:
                 kind, why = "not needed", "it was off"
             if not why:
                 why = "this name is not known here; `glmtune options` lists ours"
@@ -293,9 +316,33 @@ class Old:
         return [line.format(", ".join(lines[line])) for line in ordered] + self.beside
 
 
+def _number(name: str, found: Any) -> Any:
+    if isinstance(found, str):
+        with contextlib.suppress(ValueError):
+            found = float(found) if not re.fullmatch(r"[-+]?\d+", found) else int(found)
+    if found is not None and (isinstance(found, bool) or not isinstance(found, int | float) or not -math.inf < found < math.inf):
+        raise _wrong(name, "a number", found)
+    return found
+
+
+def _wrong(name: str, wanted: str, found: Any) -> UserError:
+    return UserError(f"{_line(name)}: wanted {wanted}, got {reprlib.repr(found)}")
+
+
 def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, str) else value
+    if isinstance(value, list | dict):  # what lies inside may be a secret, or the list itself
+        return "[...]" if isinstance(value, list) else "{...}"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _line(text: str) -> str:
+    """What stands in a comment. Newlines and other control characters are escaped, so that no text of the old file can end it."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
+def _empty(value: Any) -> bool:
+    return value is None or value == [] or (isinstance(value, str) and value.strip().lower() in ("none", "null", ""))
 
 
 def _old(tool: str, given: dict[str, Any], folder: Path, cards: int | None = None, where: str = "", **told: Any) -> Old:
@@ -307,6 +354,9 @@ def _old(tool: str, given: dict[str, Any], folder: Path, cards: int | None = Non
         name = aliases.get(plain, plain)
         if tool == LORA_TRAINER and name == plain and plain not in _REASONS:  # its other names are LLaMA-Factory's in capitals
             name = plain.lower()
+        if _empty(value) and old.defaults.get(name) is not None and name != "max_grad_norm":  # there, null means no clipping
+            old.beside.append(f"changed: {key}: empty, so the old default, {_short(old.defaults[name])}")
+            continue
         if name in old.given:
             old.beside.append(f"not needed: {old.called[name]}: {key} says the same, and was taken")
         old.given[name], old.called[name] = value, str(key)
@@ -332,12 +382,13 @@ def _read(path: Path) -> Old:
 
 
 def _tree(path: Path) -> dict[str, Any]:
-    if path.suffix.lower() != ".json":
-        return options.read(path)
+    form = "JSON" if path.suffix.lower() == ".json" else "YAML"
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+        tree = json.loads(path.read_text(encoding="utf-8")) if form == "JSON" else options.read(path)
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:  # of YAML: a date that is none
+        raise UserError(f"{path}: not valid {form}: {'nested too deep' if isinstance(error, RecursionError) else error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: arguments are one JSON object; this is a {type(tree).__name__}")
     return tree
@@ -360,7 +411,7 @@ def _hf(given: dict[str, Any], folder: Path, cards: int | None, shown: str) -> O
         raise UserError(
             f"{shown} starts a chat or a server and trains nothing (no do_train, no output_dir); here that is: glmtune chat MODEL"
         )
-    if str(given.get("finetuning_type", "")).lower() == "none":
+    if str(given.get("finetuning_type") or "").lower() == "none":
         raise UserError(f"{shown}: finetuning_type none trains nothing")
     only_efficient = {
         "max_source_length",
@@ -381,9 +432,10 @@ def _hf(given: dict[str, Any], folder: Path, cards: int | None, shown: str) -> O
 def _training_arguments(tree: dict[str, Any], path: Path) -> Old:
     """chatglm_tuning's JSON alone: model, data and method stood on the command line, so they are guessed, and that is said."""
     signs = f"{path.name} {tree.get('output_dir', '')}".lower()
+    rate = None if _empty(tree.get("learning_rate")) else _number(f"{path}: learning_rate", tree["learning_rate"])
     if tree.get("deepspeed"):
         script, implied = "train_ptuning.py", {"finetuning_type": "full"}
-    elif "tuning" in signs.replace("chatglm_tuning", "") or "prefix" in signs or float(tree.get("learning_rate", 0)) >= 5e-3:
+    elif "tuning" in signs.replace("chatglm_tuning", "") or "prefix" in signs or (rate or 0) >= 5e-3:
         script, implied = "train_ptuning.py", {"finetuning_type": "p_tuning", "pre_seq_len": 128}
     else:
         script, implied = "train_lora.py", {"finetuning_type": "lora"}
@@ -400,7 +452,11 @@ def _training_arguments(tree: dict[str, Any], path: Path) -> Old:
 
 def _commands(path: Path) -> list[tuple[dict[str, str], list[str]]]:
     """(environment, words) of each command of a script. Variables that it sets are filled in; comments go."""
-    text = "\n".join(line for line in path.read_text(encoding="utf-8").splitlines() if not line.lstrip().startswith("#"))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text: {error}") from None
+    text = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
     variables: dict[str, str] = {}
     found: list[tuple[dict[str, str], list[str]]] = []
     for line in re.sub(r"\\\s*\n", " ", text).splitlines():
@@ -464,7 +520,7 @@ def _read_shell(path: Path) -> Old:
             raise UserError(
                 f"{path}: {old.called[name]} is {value}, and {unset[0]} is set nowhere in this file; write its value there"
             )
-    if env.get("USE_MODELSCOPE_HUB", "").lower() in ("1", "true") and old.has("model_name_or_path"):
+    if env.get("USE_MODELSCOPE_HUB", "").lower() in ("1", "true") and isinstance(old.given.get("model_name_or_path"), str):
         old.given["model_name_or_path"] = f"modelscope:{old.given['model_name_or_path']}"
     return old
 
@@ -496,17 +552,13 @@ def _of_command(path: Path, env: dict[str, str], words: list[str], at: int, toke
     file = next((word for word in rest[:1] if Path(word).suffix in (".yaml", ".yml", ".json")), None)
     if file is not None:
         pairs = (word.partition("=") for word in rest[1:] if "=" in word and not word.startswith("--"))
-        given = {**_tree(_beside(path.parent, file)), **{key: yaml.safe_load(value) for key, _, value in pairs}, **given}
+        given = {**_tree(_beside(path.parent, file)), **{key: _plain(value) for key, _, value in pairs}, **given}
     if script in SCRIPTS:
         version = VERSIONS.get((script, str(given.get("model_version"))))
         implied = {"model_name_or_path": version} if version else {}
         told = {"no_prompt_loss": 0, "lora_target": "query_key_value", "lora_alpha": 32, **SCRIPTS[script], **implied}
-        old = _old(LLM_TUNING, given, path.parent, 1, f"written into {script}", **told)
         rows = tokenised.get(str(given.get("tokenized_dataset")), {})
-        for name, value in rows.items():
-            canonical = ALIASES[LLM_TUNING].get(name, name)
-            old.given[canonical], old.called[canonical] = value, name
-        return old
+        return _old(LLM_TUNING, {**given, **rows}, path.parent, 1, f"written into {script}", **told)
     if script in ("train_lora.py", "train_ptuning.py"):
         arguments = given.get("train_args_file")
         if arguments is None:
@@ -521,6 +573,14 @@ def _of_command(path: Path, env: dict[str, str], words: list[str], at: int, toke
     if script == "main.py" or any(name.isupper() and len(name) > 1 for name in given):
         return _old(LORA_TRAINER, given, path.parent, 1)
     return _hf(given, path.parent, cards, str(path))
+
+
+def _plain(text: str) -> Any:
+    """A value of a command line as YAML; what is none is judged where it is used, as it stands."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return text
 
 
 def _beside(folder: Path, name: str) -> Path:
@@ -567,7 +627,7 @@ def _converted(old: Old) -> Made:
     made = Made()
     _model(old, made)
     _data(old, made)
-    made.put("out", old.value("output_dir") or "runs/imported", old.origin("output_dir"))
+    made.put("out", old.text("output_dir") or "runs/imported", old.origin("output_dir"))
     if not old.has("output_dir") and "output_dir" not in old.defaults:
         made.note("output_dir is missing there; out is runs/imported")
     _stage(old, made)
@@ -581,22 +641,22 @@ def _converted(old: Old) -> Made:
 
 
 def _model(old: Old, made: Made) -> None:
-    model = old.value("model_name_or_path")
+    model = old.text("model_name_or_path")
     if model is None:
-        raise UserError(f"the old file names no model (model_name_or_path), which {old.tool} needs too")
-    revision = old.value("model_revision")
+        raise UserError(f"names no model (model_name_or_path), which {old.tool} needs too")
+    revision = old.text("model_revision")
     if revision not in (None, "main"):
         model = f"{model}@{revision}"
-    made.put("model", str(model), old.origin("model_name_or_path", "model_revision"))
+    made.put("model", model, old.origin("model_name_or_path", "model_revision"))
 
 
 def _data(old: Old, made: Made) -> None:
-    most = old.number("max_samples")
+    most = old.whole("max_samples")
     if old.tool in (LLAMA_FACTORY, EFFICIENT):
         registry, known = _registry(old, made)
         wanted = old.names("dataset")
         if not wanted:
-            raise UserError("the old file names no data set (dataset)")
+            raise UserError("names no data set (dataset)")
         entries = [_entry(name, most, old, made, known, registry) for name in wanted]
         _mix(old, made, entries)
         made.put("data", entries, old.origin("dataset") + (", max_samples" if most else ""))
@@ -610,18 +670,19 @@ def _data(old: Old, made: Made) -> None:
     elif old.tool == LLM_TUNING:
         _tokenised_data(old, made)
     else:
-        path = old.value("data_path")
+        path = old.text("data_path")
         if path is None:
             path = "train.jsonl"
             made.note(
                 "data: the old file names no data (it stood on the command line, --data_path); put your file in place of train.jsonl"
             )
-        made.put("data", [{"path": _found(old, str(path))}], old.origin("data_path"))
-        if old.value("eval_path") is not None:
-            made.put("eval.data", [{"path": _found(old, str(old.value("eval_path")))}], old.origin("eval_path"))
-    share = old.number("val_size")
+        made.put("data", [{"path": _found(old, path)}], old.origin("data_path"))
+        dev = old.text("eval_path")
+        if dev is not None:
+            made.put("eval.data", [{"path": _found(old, dev)}], old.origin("eval_path"))
+    share = old.whole("val_size", share=True)
     if share and "eval" not in made.tree:
-        made.put("eval.share", int(share) if share >= 1 else share, old.origin("val_size"))
+        made.put("eval.share", share, old.origin("val_size"))
         made.note(
             "eval.share: other rows are kept apart than there; they are picked by their content, so equal rows never stand on both sides"
         )
@@ -630,7 +691,7 @@ def _data(old: Old, made: Made) -> None:
 
 def _registry(old: Old, made: Made) -> tuple[Path | None, dict[str, sources.Entry]]:
     """dataset_info.json of the old tool, looked up from here and from the old file's folder upwards; and all names that are known."""
-    folder = str(old.value("dataset_dir"))
+    folder = old.text("dataset_dir") or "data"
     places = [Path(folder), *(parent / folder for parent in [old.folder, *old.folder.parents])]
     found = next((place / "dataset_info.json" for place in places if (place / "dataset_info.json").is_file()), None)
     if found is None and folder not in ("ONLINE",):
@@ -649,12 +710,12 @@ def _entry(name: str, most: Any, old: Old, made: Made, known: dict[str, sources.
         made.note(f"data: no data set is called '{name}'; put a path or another name in its place")
     elif entry is not None and registry is None:
         made.note(f"data: '{name}' is taken to be glmtune's data set of that name ({entry.hub or entry.modelscope or entry.path})")
-    return {"path": name, **({"max_samples": int(most)} if most else {})}
+    return {"path": name, **({"max_samples": most} if most else {})}
 
 
 def _mix(old: Old, made: Made, entries: list[dict[str, Any]]) -> None:
-    strategy = old.value("mix_strategy") or "concat"
-    chances = [float(chance) for chance in old.names("interleave_probs")]
+    strategy = old.text("mix_strategy") or "concat"
+    chances = [_number("interleave_probs", chance) for chance in old.names("interleave_probs")]
     if strategy == "concat" or len(entries) < 2:
         return
     chances = chances if len(chances) == len(entries) else [1 / len(entries)] * len(entries)
@@ -668,24 +729,24 @@ def _mix(old: Old, made: Made, entries: list[dict[str, Any]]) -> None:
 
 def _tokenised_data(old: Old, made: Made) -> None:
     """LLM-Tuning trains on what its tokenize_dataset_rows.py wrote; here the rows themselves are the data."""
-    name, file = old.value("tokenized_dataset"), old.value("input_file")
+    name, file = old.text("tokenized_dataset"), old.text("input_file")
     if file is None and name is None:
-        raise UserError("the old command names no data (--tokenized_dataset)")
+        raise UserError("names no data (--tokenized_dataset)")
     path = _found(old, f"data/{file}" if file else f"data/{name}.json")
-    keys = {"prompt": str(old.value("prompt_key") or "prompt"), "response": str(old.value("target_key") or "target")}
+    keys = {"prompt": old.text("prompt_key") or "prompt", "response": old.text("target_key") or "target"}
     entry: dict[str, Any] = {"path": path, "columns": keys}
     if file is None:
         made.note(
             f"data: '{name}' is a folder of tokens; the rows themselves are wanted here. {path} and its keys prompt and target are a guess: "
             "put the file and the keys that were given to tokenize_dataset_rows.py"
         )
-    train, dev = old.number("train_size"), old.number("eval_size")
-    looks = str(old.value("eval_strategy") or "no") != "no"
+    train, dev = old.whole("train_size"), old.whole("eval_size")
+    looks = (old.text("eval_strategy") or "no") != "no"
     if train:
-        entry["max_samples"] = int(train) + (int(dev or 0) if looks else 0)
+        entry["max_samples"] = train + ((dev or 0) if looks else 0)
     made.put("data", [entry], old.origin("input_file", "tokenized_dataset", "train_size"))
     if looks and dev:
-        made.put("eval.share", int(dev), old.origin("eval_size"))
+        made.put("eval.share", dev, old.origin("eval_size"))
         made.note(
             "eval.share: there the last rows were the dev rows and could be trained on as well; here they are rows that are not trained on"
         )
@@ -700,14 +761,16 @@ def _found(old: Old, path: str) -> str:
 
 def _looks(old: Old, made: Made) -> None:
     """When the dev rows are looked at."""
-    strategy, every = str(old.value("eval_strategy") or "no"), old.number("eval_steps")
+    strategy, every = old.text("eval_strategy") or "no", old.whole("eval_steps", share=True)
     best = old.flag("load_best_model_at_end")
     if "eval" not in made.tree:
         if strategy != "no":
             made.note("eval_strategy: without dev rows (val_size, eval_dataset) nothing is evaluated")
         return
-    if strategy == "steps" and (every is None or every >= 1):
-        made.put("eval.every_steps", int(every or old.number("logging_steps") or 500), old.origin("eval_steps", "eval_strategy"))
+    if strategy == "steps":
+        every = every or old.whole("logging_steps", share=True) or 500
+    if strategy == "steps" and every >= 1:
+        made.put("eval.every_steps", every, old.origin("eval_steps", "eval_strategy"))
     elif strategy == "steps":
         made.note("eval_steps: a share of the steps has no counterpart; the dev rows are looked at at each epoch's end")
     elif strategy == "no":
@@ -719,10 +782,10 @@ def _looks(old: Old, made: Made) -> None:
 
 
 def _stage(old: Old, made: Made) -> None:
-    text = old.value("data_type") == "txt"
-    kind = "pretrain" if text else STAGES.get(str(old.value("stage")))
+    text = old.text("data_type") == "txt"
+    kind = "pretrain" if text else STAGES.get(old.text("stage") or "")
     if kind is None:
-        raise UserError(f"stage '{old.value('stage')}' is not known; {old.tool} has {', '.join(STAGES)}")
+        raise UserError(f"stage {old.text('stage')!r} is not known; {old.tool} has {', '.join(STAGES)}")
     made.put("stage.kind", kind, "DATA_TYPE" if text else old.origin("stage"))
     if kind not in ("sft", "pretrain"):
         made.note(f"stage {kind}: `glmtune show` reads its rows, `glmtune train` cannot train it yet")
@@ -748,10 +811,10 @@ def _stage(old: Old, made: Made) -> None:
 
 
 def _method(old: Old, made: Made) -> None:
-    kind = str(old.value("finetuning_type"))
+    kind = old.text("finetuning_type") or ""
     ours = {"lora": "lora", "p_tuning": "prefix", "freeze": "freeze", "full": "full"}.get(kind)
     if ours is None:
-        raise UserError(f"finetuning_type '{kind}' has no counterpart; methods are lora, prefix, freeze, full")
+        raise UserError(f"finetuning_type {kind!r} has no counterpart; methods are lora, prefix, freeze, full")
     made.put("method.kind", ours, old.origin("finetuning_type"))
     {"lora": _lora, "prefix": _prefix, "freeze": _freeze, "full": _full}[ours](old, made)
     others = {name for name in old.given if name.startswith(("lora_", "freeze_trainable", "freeze_extra", "pissa_", "use_dora", "use_rslora",
@@ -763,7 +826,7 @@ def _method(old: Old, made: Made) -> None:
 
 
 def _lora(old: Old, made: Made) -> None:
-    rank, alpha = old.number("lora_rank"), old.number("lora_alpha")
+    rank, alpha = old.whole("lora_rank"), old.number("lora_alpha")
     made.put("method.rank", rank, old.origin("lora_rank"))
     if alpha is None:  # LLaMA-Factory only
         made.put("method.alpha", rank * 2, "lora_alpha was not given: twice the rank there")
@@ -812,6 +875,8 @@ def _targets(old: Old, made: Made, plain: bool) -> None:
                 f"lora_target {', '.join(outside)}: LoRA sits on the linear layers of the blocks; method.modules_to_save trains such a module whole"
             )
         kept = [name for name in targets if name not in outside]
+        if not kept:
+            raise UserError(f"lora_target {', '.join(targets)}: names no linear layer of the blocks; all means every one of them")
         made.put("method.targets", kept, origin)
         fused = any(name in FUSED for name in kept)
     if fused and plain:
@@ -819,7 +884,7 @@ def _targets(old: Old, made: Made, plain: bool) -> None:
 
 
 def _prefix(old: Old, made: Made) -> None:
-    made.put("method.num_virtual_tokens", int(old.number("pre_seq_len")), old.origin("pre_seq_len"))
+    made.put("method.num_virtual_tokens", old.whole("pre_seq_len", 1), old.origin("pre_seq_len"))
     made.put("method.projection", old.flag("prefix_projection"), old.origin("prefix_projection"))
     made.put("method.dropout", 0.1, "fixed in the published prefix encoder")
     start = old.names("adapter_name_or_path")
@@ -831,7 +896,7 @@ def _prefix(old: Old, made: Made) -> None:
 
 
 def _freeze(old: Old, made: Made) -> None:
-    number = int(old.number("freeze_trainable_layers"))
+    number = old.whole("freeze_trainable_layers") or 0
     made.put("method.last" if number > 0 else "method.first", abs(number), old.origin("freeze_trainable_layers"))
     names = set(old.names("freeze_trainable_modules"))
     modules = "mlp" if names <= MLP else "attention" if names <= ATTENTION else "all"
@@ -868,16 +933,16 @@ def _whole_start(old: Old, made: Made) -> None:
 
 
 def _quant(old: Old, made: Made) -> None:
-    bits, kind = old.number("quantization_bit"), made.tree["method"]["kind"]
-    origin = old.origin("quantization_bit")
+    bits, kind = old.whole("quantization_bit"), made.tree["method"]["kind"]
+    origin = old.origin("quantization_bit", "quantization_method")
     for name, number in (("load_in_4bit", 4), ("load_in_8bit", 8)):
         if old.flag(name):
             bits, origin = number, old.origin(name)
-    form, way = old.value("quantization_type"), str(old.value("quantization_method") or "bnb").lower()
+    form, way = old.text("quantization_type"), (old.text("quantization_method") or "bnb").lower()
     if not bits:
         return
     if kind in ("freeze", "full"):
-        made.note(f"quant: left out, since method {kind} trains weights, which cannot be done in {bits} bits")
+        made.note(f"quant: left out ({origin}), since method {kind} trains weights, which cannot be done in {bits} bits")
     elif kind == "prefix" and bits in (4, 8):  # both tools call ChatGLM's own quantize() for prefixes
         made.put("quant", f"chatglm-int{bits}", origin + ": ChatGLM's own quantisation")
     elif bits in (4, 8) and way in ("bnb", "bitsandbytes"):
@@ -887,11 +952,11 @@ def _quant(old: Old, made: Made) -> None:
         if bits == 4 and old.has("double_quantization") and not old.flag("double_quantization"):
             made.note("double_quantization false: nf4 quantises its scales too here")
     else:
-        made.note(f"quant: left out; {bits} bits by {way} are not there (nf4, int8 and ChatGLM's own are)")
+        made.note(f"quant: left out ({origin}); {bits} bits by {way} are not there (nf4, int8 and ChatGLM's own are)")
 
 
 def _optimizer(old: Old, made: Made) -> None:
-    name = str(old.value("optim") or "adamw_torch").lower()
+    name = (old.text("optim") or "adamw_torch").lower()
     name = "adafactor" if old.flag("adafactor") else name
     ours = "adafactor" if name == "adafactor" else "adamw8bit" if "8bit" in name and "adam" in name else "adamw"
     if ours != "adamw":
@@ -901,9 +966,9 @@ def _optimizer(old: Old, made: Made) -> None:
     if "paged" in name:
         made.note(f"optim {name}: the averages are not moved to main memory when the card is full")
     made.put("optim.lr", old.number("learning_rate"), old.origin("learning_rate"))
-    steps = old.number("max_steps")
+    steps = old.whole("max_steps")
     if steps and steps > 0:
-        made.put("optim.steps", int(steps), old.origin("max_steps"))
+        made.put("optim.steps", steps, old.origin("max_steps"))
         old.value("num_train_epochs")
     else:
         made.put("optim.epochs", old.number("num_train_epochs"), old.origin("num_train_epochs"))
@@ -915,10 +980,9 @@ def _optimizer(old: Old, made: Made) -> None:
 
 
 def _batch(old: Old, made: Made) -> None:
-    micro, pieces = int(old.number("per_device_train_batch_size")), int(old.number("gradient_accumulation_steps"))
+    micro, pieces = old.whole("per_device_train_batch_size", 1), old.whole("gradient_accumulation_steps", 1)
     if old.tool == LORA_TRAINER:
-        whole = old.number("batch_size")
-        pieces = max(1, int(whole) // micro)
+        pieces = max(1, old.whole("batch_size", 1) // micro)
         made.put("optim.batch_size", micro * pieces, f"{old.origin('batch_size')}: rows in one step, in {pieces} parts of {micro}")
         return
     rows = micro * pieces * (old.cards or 1)
@@ -932,7 +996,7 @@ def _batch(old: Old, made: Made) -> None:
 
 
 def _schedule(old: Old, made: Made) -> None:
-    name = str(old.value("lr_scheduler_type"))
+    name = old.text("lr_scheduler_type") or "linear"
     ours = {"constant_with_warmup": "constant"}.get(name, name)
     if ours not in ("cosine", "linear", "constant"):
         ours = (
@@ -954,15 +1018,14 @@ def _schedule(old: Old, made: Made) -> None:
 
 
 def _lengths(old: Old, made: Made) -> None:
-    source, target, whole = old.number("max_source_length"), old.number("max_target_length"), old.number("cutoff_len")
-    text = old.number("text_len")
+    source, target, text = old.whole("max_source_length"), old.whole("max_target_length"), old.whole("text_len")
     if made.tree["stage"]["kind"] == "pretrain" and old.tool == LORA_TRAINER:
-        made.put("max_length", int(text), old.origin("text_len"))
-    elif source and target and not old.has("cutoff_len"):
+        made.put("max_length", text, old.origin("text_len"))
+    elif source is not None and target is not None and old.given.get("cutoff_len") is None:
         names = [old.called.get(name, name) for name in ("max_source_length", "max_target_length")]
-        made.put("max_length", int(source) + int(target), f"{' + '.join(names)}: one limit for question and answer together")
+        made.put("max_length", source + target, f"{' + '.join(names)}: one limit for question and answer together")
     else:
-        made.put("max_length", int(whole or 2048), old.origin("cutoff_len"))
+        made.put("max_length", old.whole("cutoff_len", 1), old.origin("cutoff_len"))
     if old.has("skip_overlength"):
         made.put("too_long", "skip", f"{old.origin('skip_overlength')}: any value meant true there")
         old.taken.add("skip_overlength")
@@ -974,17 +1037,16 @@ def _lengths(old: Old, made: Made) -> None:
 
 
 def _template(old: Old, made: Made) -> None:
-    name = old.value("template")
-    system = old.value("default_system")
+    name, system = old.text("template"), old.text("default_system")
     if system is not None:
-        made.put("system", str(system), old.origin("default_system"))
+        made.put("system", system, old.origin("default_system"))
     if old.tool == LLAMA_FACTORY:
         if name is None and made.tree["stage"]["kind"] == "pretrain":
             return
         if name is None:
             made.note("template: not given; template auto is the model's own chat format")
             return
-        ours = TEMPLATES.get(str(name), "auto")
+        ours = TEMPLATES.get(name, "auto")
         made.put(
             "template",
             ours,
@@ -1029,18 +1091,19 @@ def _rest(old: Old, made: Made) -> None:
     noise = old.number("neftune_noise_alpha")
     if noise:
         made.put("neftune", noise, old.origin("neftune_noise_alpha"))
-    strategy, every = str(old.value("save_strategy") or "steps"), old.number("save_steps")
+    strategy, every = old.text("save_strategy") or "steps", old.whole("save_steps", share=True)
     if strategy == "steps" and every and every >= 1:
-        made.put("save.every_steps", int(every), old.origin("save_steps"))
+        made.put("save.every_steps", every, old.origin("save_steps"))
     elif strategy == "no":
         made.note("save_strategy no: checkpoints are written all the same, every 5 minutes, so that a run can be resumed")
-    keep = old.number("save_total_limit")
-    if keep:
-        made.put("save.keep", int(keep), old.origin("save_total_limit"))
+    keep = old.whole("save_total_limit")
+    if keep and keep > 0:
+        made.put("save.keep", keep, old.origin("save_total_limit"))
     else:
         made.note("save.keep: there all checkpoints were kept, here the newest 2 and the best one")
-    if old.has("seed"):
-        made.put("seed", int(old.number("seed")), old.origin("seed") + ": of another order of rows than there")
+    seed = old.whole("seed")
+    if seed is not None:
+        made.put("seed", seed, old.origin("seed") + ": of another order of rows than there")
     if old.flag("packing") and not old.flag("neat_packing"):
         made.note("packing: rows are put together without padding anyway, and never see each other (there: neat_packing)")
     old.taken |= {"packing", "neat_packing", "data_seed"}
@@ -1067,7 +1130,7 @@ def _lines(tree: dict[str, Any], comments: dict[str, str], path: str = "") -> li
     indent = "  " * path.count(".")
     for key, value in tree.items():
         comment = comments.get(path + key, "")
-        behind = f"  # {comment}" if comment else ""
+        behind = f"  # {_line(comment)}" if comment else ""
         if isinstance(value, dict) and path + key not in comments:  # a group of options, each with its own comment
             lines += [f"{indent}{key}:", *_lines(value, comments, f"{path}{key}.")]
         elif isinstance(value, list) and value and isinstance(value[0], dict):

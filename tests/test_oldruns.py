@@ -117,10 +117,40 @@ def test_no_argument_is_lost(tool):
     assert unknown.startswith("no counterpart: brand_new_option (3): this name is not known here")
 
 
-def test_a_token_is_not_copied():
-    _, text = lf(hf_hub_token="hf_abc", swanlab_api_key="s3cret")
-    assert "hf_hub_token" in text and "swanlab_api_key" in text
-    assert "hf_abc" not in text and "s3cret" not in text
+@pytest.mark.parametrize("key", ["hf_hub_token", "swanlab_api_key", "password", "API_KEYS", "proxy_auth"])
+def test_a_secret_is_not_copied(key):
+    for value in ("s3cret", ["s3cret"]):
+        _, text = lf(**{key: value}, extra={"inside": "s3cret"})
+        assert key in text and "s3cret" not in text
+
+
+@pytest.mark.parametrize(
+    "old",
+    [
+        {"my_note": "line one\nline two"},
+        {"template": "zz\nseed: 7"},
+        {"optim": "lion\r\nseed: 7"},
+        {"a\nseed: 7": 1},
+        {"lora_target": "q_proj,v\nseed: 7"},
+        {"dataset": "ours,a\u2028seed: 7\x85x\x00"},
+        {"output_dir": "o\nseed: 7", "model_revision": "v\n---\nx", "default_system": "a\nb"},
+    ],
+)
+def test_no_text_of_the_old_file_leaves_its_comment(old):
+    said: list[str] = []
+    Path("old.json").write_text(json.dumps({**LF, **old, "more": "\ud800\n"}))
+    run = oldruns.convert("old.json", "new.yaml", said.append)
+    text = Path("new.yaml").read_text(encoding="utf-8")
+    assert run.seed == 0 and "seed" not in yaml.safe_load(text)
+    assert [line[2:] for line in text.splitlines() if line.startswith("# ")][1:] == said[1:]
+    assert all(line.isprintable() for line in said)
+
+
+def test_a_file_that_cannot_be_read_again_is_not_left_behind(monkeypatch):
+    monkeypatch.setattr(oldruns, "_line", str)
+    with pytest.raises(UserError):
+        lf(my_note="one\ntwo: [")
+    assert not Path("new.yaml").exists()
 
 
 def test_what_comes_out_is_never_written_over():
@@ -148,6 +178,23 @@ def test_absent_options_take_the_old_tools_defaults(old, alpha, dropout, model):
     run, _ = convert(old)
     assert (run.method.alpha, run.method.dropout, run.model) == (alpha, dropout, model)
     assert run.optim.weight_decay == 0 and run.optim.clip == 1
+
+
+EMPTY = ("learning_rate", "lora_rank", "per_device_train_batch_size", "gradient_accumulation_steps", "lora_target", "cutoff_len", "stage",
+         "finetuning_type", "lr_scheduler_type", "save_steps", "dataset_dir")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EMPTY)
+@pytest.mark.parametrize("value", [None, "", " none", []])
+def test_empty_means_the_old_tools_default(name, value):
+    run, text = lf(**{name: value})
+    assert run == lf()[0]
+    assert f"# changed: {name}: empty, so the old default, " in text
+
+
+def test_empty_where_there_is_no_default():
+    run, _ = lf(seed=None, quantization_bit=None, max_samples=None, max_grad_norm=None, save_total_limit=None, report_to=None)
+    assert (run.seed, run.quant, run.data[0].max_samples, run.optim.clip, run.report_to) == (0, None, None, None, [])
 
 
 def test_the_trainers_defaults_are_not_ours():
@@ -337,12 +384,14 @@ def test_freezing():
 @pytest.mark.parametrize("old, quant", [
     (dict(LF, quantization_bit=8), "int8"), (dict(LF, quantization_bit=4, quantization_method="bnb"), "nf4"),
     (dict(LF, quantization_bit=4, quantization_method="hqq"), None), (dict(LF, quantization_bit=4, finetuning_type="full"), None),
+    (dict(LF, quantization_bit=3), None),
     (A + "--BIT_4", "nf4"), (A + "--BIT_8", "int8"), (E + "--int8", "int8"), (C + "--quantization_bit 4", "nf4"),
 ])  # fmt: skip
 def test_quantised_bases(old, quant):
     run, text = convert(old)
     assert run.quant == quant
     assert quant or "changed: quant: left out" in text
+    assert "it was off" not in text
 
 
 @pytest.mark.parametrize(
@@ -439,12 +488,70 @@ def test_several_commands_in_one_file():
         (C + "--lora_rank $R", "lora_rank is $R, and $R is set nowhere"),
         (C + "--lora_rank '8", "cannot be read as a command line"),
         ("python train_lora.py --data_path x", "needs --train_args_file"),
-    ],
+        (A + "--MICRO_BATCH_SIZE 0", "MICRO_BATCH_SIZE: wanted a whole number of 1 or more, got 0"),
+        (dict(LF, learning_rate="abc"), "old.yaml: learning_rate: wanted a number, got 'abc'"),
+        (dict(LF, learning_rate=float("nan")), "old.yaml: learning_rate: wanted a number, got nan"),
+        (dict(LF, packing=["x"]), "old.yaml: packing: wanted true or false, got ['x']"),
+        (dict(LF, lora_target="lm_head"), "old.yaml: lora_target lm_head: names no linear layer"),
+        (dict(LF, lora_target=", "), "names no linear layer"),
+        (dict(LF, finetuning_type="p_tuning"), "old.yaml: pre_seq_len: wanted a whole number of 1 or more, got None"),
+        (dict(LF, stage="a\nb\nc\nd"), r"stage 'a\nb\nc\nd' is not known"),
+        (dict(LF, interleave_probs="0.5,x"), "old.yaml: interleave_probs: wanted a number, got 'x'"),
+        ("llamafactory-cli train lf.yaml num_train_epochs='['", "old.sh: num_train_epochs: wanted a number, got '['"),
+    ]
+    + [
+        (dict(LF, **{name: value}), f"old.yaml: {name}: wanted a whole number")
+        for name, value in (
+            ("per_device_train_batch_size", 1.5),
+            ("per_device_train_batch_size", 0),
+            ("cutoff_len", 1024.5),
+            ("cutoff_len", 0),
+            ("max_steps", 1.5),
+            ("val_size", 1.5),
+            ("max_samples", 1.5),
+            ("save_steps", "1.5"),
+            ("seed", 0.5),
+            ("lora_rank", 8.5),
+        )
+    ]
+    + [
+        (dict(LF, **{name: value}), f"old.yaml: {name}: wanted a text, got {value}")
+        for name in ("model_name_or_path", "output_dir", "template", "optim", "dataset_dir", "default_system", "lr_scheduler_type")
+        for value in (["a"], {"a": 1}, True)
+    ]
+    + [(dict(LF, **{name: {"a": 1}}), f"old.yaml: {name}: wanted a text") for name in ("dataset", "lora_target", "report_to")],
 )
 def test_what_is_no_training_is_refused_with_the_way_out(old, said):
+    Path("lf.yaml").write_text(yaml.safe_dump(LF))
     with pytest.raises(UserError, match=re.escape(said)):
         convert(old)
     assert not Path("new.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("old.sh", b"# \xff\xfe", "not UTF-8"),
+        ("old.txt", b"\x80", "not UTF-8"),
+        ("old.json", b"[" * 10**5, "not valid JSON: nested too deep"),
+        ("old.yaml", b"[" * 10**4, "not valid YAML: nested too deep"),
+        ("old.yaml", b"a: 2024-13-45", "not valid YAML"),
+        ("old.json", b'{"output_dir": "o", "learning_rate": "x"}', "learning_rate: wanted a number, got 'x'"),
+        ("old.json", b'{"output_dir": "o", "learning_rate": [1]}', "learning_rate: wanted a number, got [1]"),
+    ],
+)
+def test_files_that_cannot_be_read_are_named(name, content, said):
+    Path(name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"^{name}: {re.escape(said)}"):
+        oldruns.convert(name, "new.yaml")
+
+
+def test_odd_values_of_unknown_names_are_passed_over():
+    Path("odd.yaml").write_text(yaml.safe_dump(LF) + "x: &a [*a]\ny: {2024-01-01: z}\n")
+    oldruns.convert("odd.yaml", "new.yaml")
+    assert "no counterpart: x ([...]), y ({...}): this name is not known here" in Path("new.yaml").read_text(encoding="utf-8")
+    Path("args.json").write_text('{"output_dir": "o", "learning_rate": null}')
+    assert oldruns.convert("args.json", "args.yaml").optim.lr == 5e-5
 
 
 def test_which_files_are_run_files():
