@@ -1,6 +1,7 @@
 """The command line. Light on purpose: each command imports what it needs. Exit codes: 0 done, 2 the user can mend it,
 1 our fault (with a traceback), 130 interrupted after saving."""
 
+import errno
 import json
 import os
 import sys
@@ -799,6 +800,20 @@ def top(
     pass
 
 
+# What is wrong with a path, or with the disk behind it: nothing of that is a defect of the program.
+_PATHS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOENT,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EROFS,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command and turns what happened into an exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -825,7 +840,10 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # `glmtune ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename and error.errno in _PATHS:
+            _fail(f"{error.filename}: {os.strerror(error.errno).lower()}; choose another path, or make this one usable")
+            sys.exit(2)
         import traceback
 
         traceback.print_exc()

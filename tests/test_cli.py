@@ -570,6 +570,74 @@ def test_a_run_that_was_never_finished_says_so(glmtune, tmp_path):
     assert ended.code == 2 and "finish the run first" in ended.err and "--resume" in ended.err
 
 
+RESULT = ("adapter/adapter_config.json", "checkpoints/step-4/adapter_config.json", "checkpoints/step-8/adapter_config.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model": None}, "model: wanted a valid string, got None (NoneType)"),
+        ({"model": 5}, "model: wanted a valid string, got 5 (int)"),
+        ({}, "'model' is missing"),
+        ({"template": {"usr": 1}}, "unknown option 'template.usr'; did you mean 'user'?"),
+        ({"template": "zz"}, "template: 'zz' is not one of"),
+        ({"resolved": 5}, "resolved: wanted a valid dictionary, got 5 (int)"),
+        ({"resolved": {"quant": "zz"}}, "resolved.quant: 'zz' is not one of"),
+    ],
+)
+def test_a_damaged_run_file_is_told(glmtune, trained, tmp_path, change, said):
+    import shutil
+
+    run = shutil.copytree(trained, tmp_path / "run")
+    tree = yaml.safe_load((run / "run.yaml").read_text()) | change if change else {}
+    (run / "run.yaml").write_text(yaml.safe_dump(tree) if tree else "")
+    ended = glmtune("chat", run, "--prompt", "Where?")
+    assert ended.code == 2 and said in ended.err and "checkpoints holds a copy" in ended.err, ended.err
+    assert len(ended.err.strip().splitlines()) <= 3 and "Traceback" not in ended.err
+
+
+def test_a_run_file_of_another_version_opens(glmtune, trained, tmp_path):
+    import shutil
+
+    run = shutil.copytree(trained, tmp_path / "run")
+    tree = yaml.safe_load((run / "run.yaml").read_text())
+    tree |= {"no_more": 1, "method": {"kind": "gone"}, "resolved": {"long_run": True}}
+    del tree["out"]
+    (run / "run.yaml").write_text(yaml.safe_dump(tree))
+    assert glmtune("chat", run, "--prompt", "Where?", *SHORT).code == 0
+
+
+def test_a_finished_run_without_its_adapter_says_what_it_takes(glmtune, trained, tmp_path):
+    import shutil
+
+    asked = ("--prompt", "Where?", "--temperature", 0, *SHORT)
+    run = shutil.copytree(trained, tmp_path / "run")
+    assert "checkpoint" not in glmtune("chat", run, *asked).err
+    (run / "adapter" / "adapter_config.json").unlink()
+    ended = glmtune("chat", run, *asked)
+    assert ended.code == 0 and f"taking its newest checkpoint, {run / 'checkpoints' / 'step-8'}" in ended.err
+    assert ended.out == glmtune("chat", trained, *asked).out
+    shutil.rmtree(run / "adapter")
+    assert "taking its newest checkpoint" in glmtune("chat", run, *asked).err
+    shutil.rmtree(run / "checkpoints")
+    ended = glmtune("chat", run, *asked)
+    assert ended.code == 2 and "neither adapter_config.json nor config.json is there" in ended.err
+
+
+@pytest.mark.parametrize("command", [("chat", "--prompt", "Where?"), ("export", "--to", "new")])
+def test_an_adapter_without_its_config_is_told(glmtune, tiny_model, trained, tmp_path, monkeypatch, command):
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained / "adapter", "a")
+    (tmp_path / "a" / "adapter_config.json").unlink()
+    ended = glmtune(command[0], tiny_model, "--adapter", "a", *command[1:])
+    assert ended.code == 2 and "adapter_config.json is missing beside a/adapter_model.safetensors; copy it from" in ended.err
+    (tmp_path / "a" / "adapter_model.safetensors").unlink()
+    ended = glmtune(command[0], tiny_model, "--adapter", "a", *command[1:])
+    assert ended.code == 2 and "neither adapter_config.json nor config.json is there" in ended.err
+
+
 # --- doctor and options ---------------------------------------------------------------------------------------------------
 
 
@@ -601,6 +669,18 @@ def test_doctor_tells_what_a_model_is(glmtune, tiny_model, trained):
     assert of_run["adapter"] == str(trained / "adapter") and of_run["system prompt"] == SYSTEM
     assert of_run["base folder"] == str(tiny_model)
     assert f"system prompt: {SYSTEM}" in glmtune("doctor", trained).out
+
+
+@pytest.mark.parametrize("size", ["8.5.5GB", ".GB", "GB", "0GB", "8", "-8GB", "nanGB"])
+def test_a_size_of_memory_that_is_none_is_refused(glmtune, tiny_model, size):
+    ended = glmtune("doctor", tiny_model, "--fit", size)
+    assert ended.code == 2 and "wanted a size of memory, like 8GB" in ended.err
+
+
+@pytest.mark.parametrize("size", ["8GB", "8.5GB", ".5GB", "700M"])
+def test_what_fits_is_never_longer_than_the_model_reads(glmtune, tiny_model, size):
+    found = glmtune("doctor", tiny_model, "--fit", size, "--json").json["settings"]
+    assert {row["max_length"] for row in found} == {512}
 
 
 def test_options_are_listed_and_searched(glmtune):
@@ -997,3 +1077,10 @@ def test_predict_joins_instruction_and_input_as_it_was_trained(glmtune, tiny_mod
         asked[name] = json.loads(out.read_text())["prediction"]
     assert asked["joined"] == asked["by hand"]
     assert families.locate(tmp_path / "run").join == " ## "
+
+
+def test_a_path_that_cannot_be_used_is_no_defect(glmtune, tmp_path):
+    (tmp_path / "old.yaml").write_text("model_name_or_path: x\ndataset: a\nfinetuning_type: lora\nstage: sft\noutput_dir: o\n")
+    (tmp_path / "file").write_text("")
+    ended = glmtune("import", tmp_path / "old.yaml", "--to", tmp_path / "file" / "run.yaml")
+    assert ended.code == 2 and str(tmp_path / "file") in ended.err and "Traceback" not in ended.err
