@@ -149,7 +149,7 @@ def model(name: str | Path, say=lambda text: None) -> dict[str, Any]:
 
 def fit(name: str, size: str, say=lambda text: None) -> dict[str, Any]:
     """Which ways of tuning MODEL fit in `size` ("8GB") of memory. From its config.json alone: no weights are needed or fetched."""
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([GM])i?B?\s*", size, re.IGNORECASE)
+    match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*([GM])i?B?\s*", size, re.IGNORECASE)
     if match is None or not float(match[1]):
         raise UserError(f"--fit {size}: wanted a size of memory, like 8GB or 24GB")
     room = float(match[1]) * (1e9 if match[2].upper() == "G" else 1e6)
@@ -164,7 +164,8 @@ def fit(name: str, size: str, say=lambda text: None) -> dict[str, Any]:
     prepare(model, model.dtype)
     linear = sum(layer.weight.numel() for layer in blocks(model).values())
     shape = estimate.Shape.of(families.config_of(folder), parameters, 0, linear)
-    return {"model": name, "parameters": parameters, "memory_gb": room / 1e9, "settings": estimate.fitting(shape, room)}
+    found = estimate.fitting(shape, room, families.reads_at_most(folder))
+    return {"model": name, "parameters": parameters, "memory_gb": room / 1e9, "settings": found}
 
 
 def _advice(name: str, config: dict[str, Any], device: Any) -> str:

@@ -236,11 +236,11 @@ FITS = (  # what people try, from the most to the least demanding
 LENGTHS = (8192, 4096, 2048, 1024, 512, 256, 128)
 
 
-def fitting(shape: Shape, available: float) -> list[dict[str, Any]]:
+def fitting(shape: Shape, available: float, reads: int | None = None) -> list[dict[str, Any]]:
     """For `glmtune doctor MODEL --fit`: of each usual way to tune, the longest rows that fit one at a time, and how many of them at once.
 
-    On a card: a CPU needs more, for its heap has holes."""
-    found = []
+    reads: the model's positions, where they are known. On a card: a CPU needs more, for its heap has holes."""
+    found, lengths = [], sorted({min(n, reads or n) for n in LENGTHS}, reverse=True)
     for method, quant, checkpointing in FITS:
         trained = {"full": shape.parameters, "freeze": 3 * shape.linear // shape.layers, "prefix": 128 * shape.layers * shape.keys}
         own = replace(shape, trainable=trained.get(method) or lora_size(shape))
@@ -258,7 +258,7 @@ def fitting(shape: Shape, available: float) -> list[dict[str, Any]]:
         def need(length: int, rows: int, base: Setting = base, own: Shape = own) -> float:
             return sum(memory(own, replace(base, tokens=length * rows, longest=length, learned=length * rows)).values())
 
-        length = next((n for n in LENGTHS if need(n, 1) <= available), None)
+        length = next((n for n in lengths if need(n, 1) <= available), None)
         row: dict[str, Any] = {
             "method": method,
             "quant": quant,
@@ -270,7 +270,7 @@ def fitting(shape: Shape, available: float) -> list[dict[str, Any]]:
             row["rows at once"] = next(n for n in range(256, 0, -1) if need(length, n) <= available)
             row["gb"] = round(need(length, row["rows at once"]) / GB, 2)
         else:
-            row["gb"] = round(need(LENGTHS[-1], 1) / GB, 2)
+            row["gb"] = round(need(lengths[-1], 1) / GB, 2)
         found.append(row)
     return found
 

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -19,9 +19,9 @@ from .errors import UserError, did_you_mean
 
 
 class Options(BaseModel):
-    """Base of every group of options: unknown names and wrong types are errors."""
+    """Base of every group of options: unknown names, wrong types and numbers that are not finite are errors."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Choice:
@@ -60,8 +60,8 @@ def read(path: str | Path) -> dict[str, Any]:
     return tree
 
 
-def override(tree: dict[str, Any], setting: str, model: type[Options] | None = None) -> None:
-    """Applies one `a.b=c` of the command line to a tree, in place.
+def override(tree: dict[str, Any], setting: str, model: type[Options] | None = None, before: Sequence[str] = ()) -> None:
+    """Applies one `a.b=c` of the command line to a tree, in place. `before`: the settings that were applied already.
 
     The value is read as YAML; where `model` declares plain text, it is taken as it stands (unless it is null, or in quotes).
     """
@@ -91,16 +91,23 @@ def override(tree: dict[str, Any], setting: str, model: type[Options] | None = N
         _item(node, last, setting)
         node[int(last)] = value
     else:
-        node[last] = _other_kind(model, path, node.get(last), value)
+        node[last] = _other_kind(model, path, node.get(last), value, before)
 
 
-def _other_kind(model: type[Options] | None, path: str, held: Any, value: Any) -> Any:
-    """A bare kind (`optim=adafactor`) for a group that is written out already: it takes over the options that both kinds have."""
+def _other_kind(model: type[Options] | None, path: str, held: Any, value: Any, before: Sequence[str]) -> Any:
+    """A bare kind (`optim=adafactor`) for a group that is written out already: it takes over the options that both kinds have.
+
+    What the same command line gave stays in any case: `build` refuses it where the new kind has no such option.
+    """
     field = model.model_fields.get(path) if model else None
     choice = next((mark for mark in field.metadata if isinstance(mark, Choice)), None) if field else None
-    if choice is None or not isinstance(value, str) or not isinstance(held, dict) or value not in choice.registry:
+    if choice is None or not isinstance(held, dict):
         return value
-    return {**{key: kept for key, kept in held.items() if key in choice.registry[value].model_fields}, "kind": value}
+    stays = {setting.partition("=")[0].split(".")[1] for setting in before if setting.startswith(f"{path}.")}
+    if isinstance(value, str) and value in choice.registry:
+        stays |= choice.registry[value].model_fields.keys()
+        value = {"kind": value}
+    return {**{key: kept for key, kept in held.items() if key in stays}, **value} if isinstance(value, dict) else value
 
 
 def _is_text(annotation: Any, path: list[str]) -> bool:
@@ -323,7 +330,7 @@ def _type_name(annotation: Any) -> str:
         return f"list of {_type_name(args[0])}"
     if origin is dict:
         return f"map of {_type_name(args[0])} to {_type_name(args[1])}"
-    if _is_group(annotation):
+    if _is_group(annotation) or (isinstance(annotation, type) and issubclass(annotation, dict)):
         return "group"
     name = str(annotation.__name__)
     return {"str": "text", "int": "integer", "float": "number", "bool": "true | false"}.get(name, name)

@@ -9,7 +9,8 @@ from glob import glob
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
+from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
 from . import options
 from .errors import UserError
@@ -17,6 +18,7 @@ from .options import Choice, Options
 from .records import Learn
 
 Positive = Annotated[int, Field(gt=0)]
+Quant = Literal["nf4", "int8", "chatglm-int4", "chatglm-int8"]
 
 
 class Source(Options):
@@ -150,7 +152,9 @@ class Lora(Options):
         default=None, gt=0, description="learning rate of B over that of A (LoRA+, arXiv 2402.12354, uses 16); null: the same"
     )
     ranks: dict[str, Positive] = Field(default={}, description="other ranks for some layers: {down_proj: 16}, names as in targets")
-    alphas: dict[str, float] = Field(default={}, description="other alphas for some layers, names as in targets")
+    alphas: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={}, description="other alphas for some layers, names as in targets"
+    )
     modules_to_save: list[str] = Field(
         default=[], description="further modules trained whole, in fp32, and saved in the adapter: embed_tokens, lm_head, norm"
     )
@@ -217,7 +221,7 @@ ADAPTERS = ("lora", "prefix")  # methods whose result stands beside the base mod
 
 class _Optimizer(Options):
     lr: float | None = Field(default=None, gt=0, description="learning rate; null: the method's own default, said aloud")
-    epochs: float = Field(default=3, gt=0, description="passes over the data")
+    epochs: float = Field(default=3, gt=0, le=1e9, description="passes over the data")
     steps: Positive | None = Field(default=None, description="instead of epochs: this many optimizer steps")
     batch_size: Positive = Field(
         default=16, description="rows in one optimizer step; the cut into micro-batches follows from micro_tokens"
@@ -285,6 +289,24 @@ class Form(Options):
         return _real_newlines(text) or ""
 
 
+class Resolved(TypedDict, total=False):
+    """What train chose (training.resolve). Not every version chose the same, so names may be missing here, and others are passed over."""
+
+    __pydantic_config__ = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)  # type: ignore
+
+    device: str
+    precision: Literal["bf16", "fp16", "fp32"]
+    quant: Quant | None
+    threads: Positive
+    micro_tokens: Positive
+    lr: Annotated[float, Field(gt=0)]
+    steps: Positive
+    checkpointing: bool
+    compile: bool
+    data: str
+    version: str
+
+
 class Run(Options):
     """One training run. Only model, data and out are required."""
 
@@ -305,7 +327,7 @@ class Run(Options):
     )
     stage: Annotated[Any, Choice(STAGES)] = Field(default=Sft(), description="what is learned")
     method: Annotated[Any, Choice(METHODS)] = Field(default=Lora(), description="which weights are trained")
-    quant: Literal["nf4", "int8", "chatglm-int4", "chatglm-int8"] | None = Field(
+    quant: Quant | None = Field(
         default=None,
         description="frozen weights kept in 4 or 8 bits (lora, prefix): nf4, int8, or ChatGLM's own quantisation; a published int4 or int8 model stays as it is",
     )
@@ -342,7 +364,7 @@ class Run(Options):
         description="where curves go besides report.html: tensorboard always, wandb and swanlab where installed; []: nowhere",
     )
     seed: int = Field(default=0, description="of order, initial weights and dropout")
-    resolved: dict[str, Any] | None = Field(
+    resolved: Resolved | None = Field(
         default=None, description="written by train, read on resume: what was chosen where this file says auto or null"
     )
 
@@ -378,12 +400,13 @@ def load_run(path: str | Path | None, overrides: Iterable[str] = (), **missing: 
 
     missing: values for required options that neither gives (`show` needs no `out`). Raises UserError.
     """
-    tree = options.read(path) if path is not None else {}
+    tree, before = options.read(path) if path is not None else {}, []
     for setting in overrides:
         for name in ("data", "samples"):  # data=a.json data.0.max_samples=100
             if setting.startswith(name + ".") and tree.get(name) is not None:
                 tree[name] = _sources(tree[name], Path(path).parent if path is not None else Path())
-        options.override(tree, setting, Run)
+        options.override(tree, setting, Run, before)
+        before.append(setting)
     for name, value in missing.items():
         tree.setdefault(name, value)
     wanted = [name for name in ("model", "data", "out") if tree.get(name) in (None, "", [])]

@@ -205,6 +205,12 @@ def test_more_memory_never_fits_less():
         assert length["lora", None, False] <= length["lora", "nf4", False] <= length["lora", "nf4", True]
 
 
+def test_no_row_longer_than_the_model_reads_is_advised():
+    assert {row["max_length"] for row in estimate.fitting(LARGE, 900e9, 1000)} == {1000}
+    assert {row["max_length"] for row in estimate.fitting(LARGE, 900e9, 100)} == {100}
+    assert {row["max_length"] for row in estimate.fitting(LARGE, 900e9)} == {8192}
+
+
 def test_a_shape_is_read_from_every_familys_config():
     shape = Shape.of({"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 3,
                       "intermediate_size": 20, "vocab_size": 30}, 1000, 10)  # fmt: skip

@@ -19,6 +19,20 @@ GIVEN = ("model=m", "data=a.json", "out=o")
         (["method.rank=0"], "method.rank: wanted greater than 0, got 0 (int)"),
         (["method=lroa"], "method.kind: 'lroa' is not one of lora, prefix, freeze, full; did you mean 'lora'?"),
         (["method=full", "method.rank=3"], "option 'method.rank' belongs to kind lora; the kind here is 'full'"),
+        (["method.rank=3", "method=full"], "option 'method.rank' belongs to kind lora; the kind here is 'full'"),
+        (
+            ["method.start=a", "method={kind: full}"],
+            "option 'method.start' belongs to kind lora or prefix; the kind here is 'full'",
+        ),
+        (["optim.epochs=.inf"], "optim.epochs: wanted a finite number, got inf (float)"),
+        (["optim.epochs=1e308"], "optim.epochs: wanted less than or equal to 1000000000, got 1e+308 (float)"),
+        (["optim.lr=.nan"], "optim.lr: wanted a finite number, got nan (float)"),
+        (["data.0.weight=.inf"], "data.0.weight: wanted a finite number"),
+        (["method.alphas={q_proj: .inf}"], "method.alphas.q_proj: wanted a finite number"),
+        (["method.alphas={q_proj: 0}"], "method.alphas.q_proj: wanted greater than 0, got 0 (int)"),
+        (["method.ranks={q_proj: 0}"], "method.ranks.q_proj: wanted greater than 0, got 0 (int)"),
+        (["resolved=5"], "resolved: wanted a valid dictionary, got 5 (int)"),
+        (["resolved.lr=abc"], "resolved.lr: wanted a valid number, got 'abc' (str)"),
         (["optim.schedule=cosin"], "optim.schedule: 'cosin' is not one of cosine, linear, constant; did you mean 'cosine'?"),
         (["stage=dpoo"], "stage.kind: 'dpoo' is not one of"),
         (["template=chatm"], "did you mean 'chatml'?"),
@@ -135,6 +149,7 @@ def test_changed_options_are_what_differs_from_the_defaults():
     )
 
 
-def test_another_kind_on_the_command_line_takes_over_the_options_both_have():
-    run = load_run(None, ["model=m", "data=d", "out=o", "optim.steps=4", "optim=adafactor", "method.rank=3", "method=prefix"])
-    assert run.optim.kind == "adafactor" and run.optim.steps == 4 and run.method.kind == "prefix"
+def test_another_kind_on_the_command_line_takes_over_the_options_both_have(tmp_path):
+    (tmp_path / "run.yaml").write_text("model: m\ndata: d\nout: o\nmethod: {rank: 3, dropout: 0.1}\n")
+    run = load_run(tmp_path / "run.yaml", ["optim.steps=4", "optim=adafactor", "method=prefix"])
+    assert run.optim.kind == "adafactor" and run.optim.steps == 4 and run.method.kind == "prefix" and run.method.dropout == 0.1

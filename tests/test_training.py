@@ -172,6 +172,84 @@ def test_a_damaged_checkpoint_is_passed_over(tiny_model, rows_file, tmp_path):
     assert not list((tmp_path / "a" / "checkpoints").glob(".part*"))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"step": "x"}, {"step": -1}, {"step": 4}, {"files": []}, {"files": {}}, {"numbers": 5}, {"scale": None}, None],
+    ids=["word", "negative", "other step", "list", "no files", "number", "null", "no object"],
+)
+def test_a_checkpoint_that_makes_no_sense_is_passed_over(tiny_model, rows_file, tmp_path, change):
+    more = ["optim.steps=4", "save.every_steps=2"]
+    go(tiny_model, rows_file, tmp_path / "a", *more)
+    straight = adapter(tmp_path / "a")
+    (tmp_path / "a" / "finished.json").unlink()
+    for step in (2, 4) if change != {"step": 4} else (2,):
+        path = tmp_path / "a" / "checkpoints" / f"step-{step}" / "state.json"
+        state = json.loads(path.read_text())
+        path.write_text(json.dumps(change and state | change))
+        assert path.parent not in [found for found, _ in training._checkpoints(tmp_path / "a")]
+    (tmp_path / "a" / "checkpoints" / "step-2.old").mkdir()  # a user's own
+    go(tiny_model, rows_file, tmp_path / "a", *more, resume=True)
+    assert adapter(tmp_path / "a") == straight
+    assert next(path.name for path, _ in training._checkpoints(tmp_path / "a")) == "step-4"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("finished.json", "{", "finished.json is damaged; delete it, and --resume goes on"),
+        (
+            "finished.json",
+            '{"steps": "2", "loss": 1, "dev_loss": null, "best_step": null, "seconds": 1}',
+            "finished.json is damaged",
+        ),
+        ("samples.jsonl", '{"set": "a"}\n{"set":\n', "samples.jsonl:2 is damaged"),
+        ("samples.jsonl", "5\n", "samples.jsonl:1 is damaged"),
+        ("run.yaml", "lr: 0.01\n  steps: 2\n", "resolved.lr: wanted a valid number, got 'abc' (str)"),
+    ],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_damaged_file_of_a_run_is_told_on_resume(tiny_model, rows_file, tmp_path, name, text, said, finished):
+    go(tiny_model, rows_file, tmp_path / "a", "optim.steps=2")
+    path = tmp_path / "a" / name
+    if not finished and name != "finished.json":
+        (tmp_path / "a" / "finished.json").unlink()
+    if name == "run.yaml":
+        assert text in path.read_text()
+        text = path.read_text().replace(text, text.replace("0.01", "abc"))
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        go(tiny_model, rows_file, tmp_path / "a", "optim.steps=2", resume=True)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_questions_that_were_cut_off_are_told_on_resume(tiny_model, rows_file, tmp_path):
+    more = ["optim.steps=2", f"samples=[{{path: {rows_file}}}]"]
+    go(tiny_model, rows_file, tmp_path / "a", *more)
+    (tmp_path / "a" / "finished.json").unlink()
+    path = tmp_path / "a" / "samples.jsonl"
+    path.write_text(path.read_text().splitlines()[0] + "\n")
+    with pytest.raises(UserError, match="1 lines for .* questions; delete it, then --resume"):
+        go(tiny_model, rows_file, tmp_path / "a", *more, resume=True)
+    path.unlink()
+    go(tiny_model, rows_file, tmp_path / "a", *more, resume=True)
+
+
+def test_an_answer_with_a_line_separator_is_one_line(tmp_path):
+    rows = [{"after": "a\u2028b\x85c"}, {}]
+    training.write_jsonl(tmp_path / "a.jsonl", rows)
+    assert training.read_jsonl(tmp_path / "a.jsonl") == rows
+
+
+def test_a_run_of_a_version_that_chose_otherwise_is_continued(tiny_model, rows_file, tmp_path):
+    go(tiny_model, rows_file, tmp_path / "a", "optim.steps=2")
+    straight = adapter(tmp_path / "a")
+    (tmp_path / "a" / "finished.json").unlink()
+    path = tmp_path / "a" / "run.yaml"
+    path.write_text(path.read_text().replace("  compile: false\n", "  long_run: false\n"))
+    go(tiny_model, rows_file, tmp_path / "a", "optim.steps=2", resume=True)
+    assert adapter(tmp_path / "a") == straight
+
+
 def test_an_empty_out_is_started_and_a_full_one_never_overwritten(tiny_model, rows_file, tmp_path):
     go(tiny_model, rows_file, tmp_path / "a", "optim.steps=1", resume=True)
     before = adapter(tmp_path / "a")

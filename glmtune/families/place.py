@@ -7,8 +7,8 @@ from typing import Any
 from .. import hub
 from ..chat import read_object
 from ..errors import UserError, did_you_mean
-from ..options import read
-from ..run import Form
+from ..options import build, read
+from ..run import Run
 from . import smollm2
 
 
@@ -35,20 +35,27 @@ def locate(model: str | Path, adapter: str | Path | None = None, say=lambda text
     path = Path(model).expanduser()
     run_file = _run_file(path)
     if run_file is None:
-        return Place(str(model), resolve(str(model), say), _adapter(adapter))
-    run = read(run_file)
-    found = _trained(path)
-    template = run.get("template", "auto")
+        return Place(str(model), resolve(str(model), say), _adapter(adapter, say))
+    found = _trained(path, say)
+    run = _read(run_file)
     whole = (found / "config.json").is_file()
     return Place(
-        run["model"],
-        found if whole else _base(run["model"], found, say),
-        _adapter(adapter) or (None if whole else found),
-        run.get("system"),
-        Form(**template) if isinstance(template, dict) else template,
-        (run.get("resolved") or {}).get("quant") or run.get("quant"),
-        run.get("join"),
+        run.model,
+        found if whole else _base(run.model, found, say),
+        _adapter(adapter, say) or (None if whole else found),
+        run.system,
+        run.template,
+        (run.resolved or {}).get("quant") or run.quant,
+        run.join,
     )
+
+
+def _read(run_file: Path) -> Run:
+    """What a run's file says of its result, checked. How it was trained does not count here, and may be of an older version."""
+    tree = read(run_file)
+    kept = {name: tree[name] for name in ("model", "system", "template", "quant", "join", "resolved") if name in tree}
+    source = f"{run_file} is not as train wrote it (each of its checkpoints holds a copy)"
+    return build(Run, {**kept, "data": [{"path": ""}], "out": ""}, source)
 
 
 def _run_file(path: Path) -> Path | None:
@@ -65,8 +72,8 @@ def _base(name: str, adapter: Path, say) -> Path:
     try:
         return resolve(name, say)
     except UserError:
-        base = adapter_config(adapter).get("base_model_name_or_path", "")
-        if Path(base).is_dir():
+        base = adapter_config(adapter).get("base_model_name_or_path")
+        if isinstance(base, str) and base and Path(base).is_dir():
             return Path(base)
         raise
 
@@ -77,11 +84,11 @@ def adapter_config(path: str | Path) -> dict[str, Any]:
     return read_object(folder / "adapter_config.json") or read_object(folder / "adapter" / "adapter_config.json")
 
 
-def _adapter(adapter: str | Path | None) -> Path | None:
-    return _trained(Path(adapter).expanduser()) if adapter is not None else None
+def _adapter(adapter: str | Path | None, say) -> Path | None:
+    return _trained(Path(adapter).expanduser(), say) if adapter is not None else None
 
 
-def _trained(path: Path) -> Path:
+def _trained(path: Path, say) -> Path:
     """The folder inside a run (or checkpoint) that holds what was trained."""
     for folder in (path, path / "adapter", path / "model"):
         if (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
@@ -91,9 +98,16 @@ def _trained(path: Path) -> Path:
     if (path / "checkpoints").is_dir():
         steps = sorted((p for p in (path / "checkpoints").glob("step-*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
         if steps:
-            return _trained(steps[-1])
-    unfinished = f" yet; finish the run first: glmtune train {path / 'run.yaml'} --resume" if (path / "run.yaml").is_file() else ""
-    raise UserError(f"{path} holds no trained adapter or model{unfinished}")
+            found = _trained(steps[-1], say)
+            say(f"{path} holds no finished adapter or model; taking its newest checkpoint, {found}")
+            return found
+    weights = next((file for folder in (path, path / "adapter") for file in folder.glob("adapter_model.*")), None)
+    if weights is not None:
+        raise UserError(f"adapter_config.json is missing beside {weights}; copy it from where the adapter was trained")
+    missing = ": neither adapter_config.json nor config.json is there"
+    if (path / "run.yaml").is_file() and not (path / "finished.json").is_file():
+        missing = f" yet; finish the run first: glmtune train {path / 'run.yaml'} --resume"
+    raise UserError(f"{path} holds no trained adapter or model{missing}")
 
 
 def resolve(name: str, say=lambda text: None) -> Path:
