@@ -358,7 +358,8 @@ class Rows:
     def finish(self, used: Counter[int]) -> None:
         """used: how many rows are of which of `forms`. Raises DataError for columns that no row has."""
         counts = Counter({self.forms[one].describe(self._keys): count for one, count in used.items()})
-        self.notes = _file_notes(self.file, counts, self._main, self._keys, self.reading.want)
+        forms = [self._main, *(self.forms[one] for one in used)]
+        self.notes = _file_notes(self.file, counts, forms, self._keys, self.reading.want)
         self.notes += self._columns if self._columns is not None else self._check_columns()
         self.form = self._main.name
 
@@ -425,12 +426,13 @@ def _check_columns(form: Form, keys: Counter[str], want: Want) -> list[str]:
     return notes
 
 
-def _file_notes(file: File, used: Counter[str], main: Form, keys: Counter[str], want: Want) -> list[str]:
+def _file_notes(file: File, used: Counter[str], forms: list[Form], keys: Counter[str], want: Want) -> list[str]:
     count = sum(used.values())
     said = ", ".join(f"{form} {number}" for form, number in used.items()) if len(used) > 1 else "".join(used)
     line = f"{file.name}: {count} row{'s' if count != 1 else ''}, form{'s' if len(used) > 1 else ''} {said}"
-    unused = [key for key in keys if key not in main.names.values()]
-    if unused and len(used) == 1 and main.names:
+    known = {key for form in forms for key in form.names.values()}
+    unused = [key for key in keys if key not in known]
+    if unused and used and all(form.names for form in forms):
         line += f"; keys not used: {', '.join(unused[:8])}"
     more = [note if note.startswith(file.name) else f"{file.name}: {note}" for note in file.notes]
     if want == "answers" and "label" in unused:
@@ -484,20 +486,44 @@ def _finish(record: Record, system: str | None, variables: dict[str, str], want:
     if system is not None and turns[0].role != "system":
         turns = (Turn("system", system), *turns)
     if variables:
-        turns = tuple(replace(turn, text=_fill(turn.text, variables)) for turn in turns)
+        turns = tuple(_filled(turn, variables) for turn in turns)
     if isinstance(record, Preference):
-        chosen, rejected = (replace(turn, text=_fill(turn.text, variables)) for turn in (record.chosen, record.rejected))
+        chosen, rejected = (_filled(turn, variables) for turn in (record.chosen, record.rejected))
         return replace(record, turns=turns, chosen=chosen, rejected=rejected)
     if want == "prompts" and turns[-1].role == "assistant":
         return replace(record, turns=turns[:-1], meta={**record.meta, "reference": turns[-1].text})
     return replace(record, turns=turns) if turns is not record.turns else record
 
 
-def _texts(record: Record) -> list[str]:
+def _filled(turn: Turn, variables: dict[str, str]) -> Turn:
+    return replace(turn, text=_fill(turn.text, variables), extra=_fill_within(turn.extra, variables)) if variables else turn
+
+
+def _fill_within(value: Any, variables: dict[str, str]) -> Any:
+    """Every text in tool calls, schemas and other keys of a turn."""
+    if isinstance(value, dict):
+        return {key: _fill_within(one, variables) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_fill_within(one, variables) for one in value]
+    return _fill(value, variables) if isinstance(value, str) else value
+
+
+def _texts(record: Record) -> Iterator[str]:
     if isinstance(record, Document):
-        return [record.text]
+        yield record.text
+        return
     turns = (*record.turns, record.chosen, record.rejected) if isinstance(record, Preference) else record.turns
-    return [turn.text for turn in turns]
+    for turn in turns:
+        yield turn.text
+        yield from _texts_within(turn.extra)
+
+
+def _texts_within(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _texts_within(one)
 
 
 _VARIABLE = re.compile(r"\{\{\s*(\w+)\s*\}\}")

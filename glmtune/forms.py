@@ -19,7 +19,7 @@ from typing import Any, Literal
 from . import reading as files
 from . import tools
 from .errors import UserError, did_you_mean
-from .reading import DataError, File, some
+from .reading import Broken, DataError, File, Item, some
 from .records import ROLES, Conversation, Document, Labelled, Preference, Turn
 
 Want = Literal["answers", "prompts", "text", "preferences", "labels"]
@@ -43,7 +43,8 @@ COLUMNS = (
     "prompt", "input", "response", "system", "history", "messages", "tools", "chosen", "rejected", "label", "text", "weight",
 )  # fmt: skip
 _COMMON = {"system": "system", "tools": "tools", "weight": "weight"}
-_ASKED = {"history": "history", **_COMMON}
+_BEFORE = {"history": "history", **_COMMON}
+_ASKED = {"input": "input", "input 2": "context", **_BEFORE}
 _TWO = {"answer 0": "response_0", "answer 1": "response_1"}  # "better" says which, 0 or 1 (PKU-SafeRLHF)
 NAMES: dict[str, dict[str, str]] = {  # in the order in which they are tried
     "messages": {"messages": "messages", **_COMMON},
@@ -52,7 +53,7 @@ NAMES: dict[str, dict[str, str]] = {  # in the order in which they are tried
     "dialogue": {"messages": "dialogue", **_COMMON},
     "belle": {"rounds": "instruction", "response": "output", **_COMMON},  # "Human: ...\nAssistant: ..." in one text
     "alpaca": {"prompt": "instruction", "input": "input", "response": "output", **_ASKED},
-    "dolly": {"prompt": "instruction", "input": "context", "response": "response", **_ASKED},
+    "dolly": {"prompt": "instruction", "input 2": "context", "response": "response", **_ASKED},
     "preference": {"prompt": "prompt", **_ASKED},  # the prompt may also stand inside both answers
     "saferlhf": {"prompt": "prompt", **_TWO, "better": "better_response_id", **_COMMON},
     "saferlhf_safe": {"prompt": "prompt", **_TWO, "better": "safer_response_id", **_COMMON},
@@ -61,7 +62,7 @@ NAMES: dict[str, dict[str, str]] = {  # in the order in which they are tried
     "prompt-response": {"prompt": "prompt", "response": "response", **_ASKED},
     "prompt-completion": {"prompt": "prompt", "response": "completion", **_ASKED},
     "hc3": {"prompt": "question", "response": "human_answers", "response 2": "chatgpt_answers", **_COMMON},
-    "context": {"prompt": "context", "response": "target", **_ASKED},
+    "context": {"prompt": "context", "input": "input", "response": "target", **_BEFORE},
     "firefly": {"prompt": "input", "response": "target", **_COMMON},
     "adgen": {"prompt": "content", "response": "summary", **_COMMON},
     "text": {"text": "text", "weight": "weight"},
@@ -103,7 +104,8 @@ class Form:
 
     def describe(self, keys: Iterable[str]) -> str:
         present = set(keys)
-        shown = [f"{name}: {key}" if self.name == "columns" else key for name, key in self.names.items() if key in present]
+        named = [(name.split()[0], key) for name, key in self.names.items() if key in present]
+        shown = [f"{name}: {key}" if self.name == "columns" else key for name, key in named]
         return f"{self.name} ({', '.join(shown)})" if self.names else self.name
 
 
@@ -169,7 +171,17 @@ def open_file(path: Path, name: str, columns: dict[str, str] | None = None) -> F
         asked = [key for name, key in (columns or {}).items() if name in ("messages", "prompt", "text")]
         return any(key in value for key in asked) or any(recognise(value, want) for want in ("prompts", "preferences"))
 
-    return files.open_file(path, name, is_row)
+    file = files.open_file(path, name, is_row)
+    return replace(file, items=map(_shallow, file.items))
+
+
+def _shallow(item: Item | Broken) -> Item | Broken:
+    if isinstance(item, Broken) or not tools.is_deep(item.value):
+        return item
+    message = (
+        f"nested too deep: more than {tools.DEEPEST} lists and objects in each other; leave that value out, or write it as text"
+    )
+    return Broken(item.line, None, message, item.start, item.end)
 
 
 def form_of_columns(columns: dict[str, str], format: str | None, want: Want) -> Form:
@@ -315,18 +327,21 @@ def _asked(row: dict[str, Any], names: dict[str, str], join: str) -> list[Turn]:
     if "messages" in names:
         return _messages(_rows(row, names["messages"]))
     if "rounds" in names:
-        if str(row.get("input") or "").strip():
-            raise DataError("wrong-type", "'input' is filled beside rounds of Human: and Assistant:; put it into the last question")
+        for one in ("input", "context"):
+            if str(row.get(one) or "").strip():
+                beside = f"'{one}' is filled beside rounds of Human: and Assistant:"
+                raise DataError("wrong-type", f"{beside}; put it into the last question")
         return _rounds(_text(row, names["rounds"]))
     turns, key = _history(row, names.get("history")), names.get("prompt")
-    if key is None or key not in row:
-        return turns
-    if isinstance(row[key], list):  # TRL's conversational prompt
+    more = [names[name] for name in ("input", "input 2") if name in names and row.get(names[name]) is not None]
+    if key in row and isinstance(row[key], list):  # TRL's conversational prompt
+        for one in more:
+            if _text(row, one).strip():
+                raise DataError("wrong-type", f"'{one}' is filled beside messages in '{key}'; put it into the last question")
         return turns + _messages(row[key])
-    parts = [_text(row, key)]
-    if "input" in names and row.get(names["input"]) is not None:
-        parts.append(_text(row, names["input"]))
-    return [*turns, Turn("user", join.join(part for part in parts if part.strip()))]
+    asked = [key, *more] if key in row else more
+    parts = [_text(row, one) for one in asked]
+    return [*turns, Turn("user", join.join(part for part in parts if part.strip()))] if asked else turns
 
 
 def _answers(row: dict[str, Any], names: dict[str, str], want: Want) -> list[tuple[str, list[Turn]]]:
@@ -368,6 +383,7 @@ def _preference(row: dict[str, Any], names: dict[str, str], join: str) -> Prefer
             )
     chosen, rejected = (_said(row, key) for key in keys)
     if chosen and chosen[0].role != "assistant":  # whole conversations
+        _require_said(asked, chosen, keys)
         asked = []
     shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)) - 1)
     shared = min(shared, len(chosen) - 1, len(rejected) - 1)
@@ -379,6 +395,20 @@ def _preference(row: dict[str, Any], names: dict[str, str], join: str) -> Prefer
         if not said[-1].text.strip() and not said[-1].extra.get("tool_calls"):
             raise DataError("empty-answer", f"'{key}' is empty")
     return Preference(_whole(asked + chosen[:shared], row, names), chosen[-1], rejected[-1])
+
+
+def _require_said(asked: list[Turn], conversation: list[Turn], keys: tuple[str, str]) -> None:
+    """Nothing that the row asks elsewhere may be lost: its lines stand in the conversation."""
+    said = {line.strip() for turn in conversation if turn.role != "assistant" for line in turn.text.splitlines()}
+    for turn in asked:
+        lines = _marks_of(turn.text).sub("\n", turn.text).splitlines() if turn.role != "assistant" else []
+        lost = next((line.strip() for line in lines if line.strip() and line.strip() not in said), None)
+        if lost is not None:
+            raise DataError(
+                "preference-row",
+                f"the row asks {_show(lost)} beside the conversations in '{keys[0]}' and '{keys[1]}', which do not have it; "
+                "keep one of the two, or pick the keys to read with columns:",
+            )
 
 
 def _better_first(row: dict[str, Any], names: dict[str, str]) -> tuple[str, str]:
@@ -542,7 +572,8 @@ def _message(message: Any, number: int) -> list[Turn]:
     if own:
         result = message["observation"]
         result = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
-        return [Turn("assistant", "", extra={"tool_calls": _calls(message, number, given)}, **how), Turn("tool", result)]
+        call = {key: message[key] for key in ("name", "parameters", "id") if key in message}
+        return [Turn("assistant", "", extra={"tool_calls": _calls(call, number, given)}, **how), Turn("tool", result)]
     if _plain(given) in _CALLERS:
         return [Turn("assistant", "", extra={"tool_calls": _calls(message[text_key], number, given)}, **how)]
     known = (role_key, text_key, "learn", "weight", "tool_calls", "function_call")
@@ -558,10 +589,10 @@ def _message(message: Any, number: int) -> list[Turn]:
 def _calls(value: Any, number: int, given: Any) -> list[dict[str, Any]]:
     calls = tools.read_calls(value)
     if calls is None:
+        keys = tools.unread_keys(value)
+        shown = f"{_show(value)}{f' with the keys {some(keys)}' if keys else ''}"
         wanted = 'a call is {"name": ..., "arguments": {...}}, as an object or as JSON, or a list of these'
-        raise DataError(
-            "tool-turn", f"message {number} is a '{given}' turn with a call that cannot be read: {_show(value)}; {wanted}"
-        )
+        raise DataError("tool-turn", f"message {number} is a '{given}' turn with a call that cannot be read: {shown}; {wanted}")
     return calls
 
 
@@ -607,12 +638,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 def _rows(row: dict[str, Any], key: str) -> list[Any]:
     """A list; in CSV it is written as a JSON string."""
-    value = row[key]
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            value = row[key]
+    value = tools.loaded(row[key])
+    value = row[key] if value is None else value
     if not isinstance(value, list):
         raise DataError("wrong-type", f"'{key}' must be a list, not {_show(value)}")
     return value

@@ -37,41 +37,77 @@ RESULT = "Tool result ({name}):\n{text}"
 
 def read_calls(value: Any) -> list[Call] | None:
     """Calls as a row writes them: an object or a list, perhaps as a JSON string, bare or in OpenAI's shape; None for anything else."""
-    value = _loaded(value)
-    made = [_read_call(one) for one in (value if isinstance(value, list) else [value])]
+    value = loaded(value)
+    made = [_read_call(_keys_of(one)) for one in (value if isinstance(value, list) else [value])]
     calls = [call for call in made if call is not None]
     return calls if calls and len(calls) == len(made) else None
 
 
-def _read_call(value: Any) -> Call | None:
-    value = _loaded(value)
-    if isinstance(value, dict) and value and value.keys().isdisjoint({"name", "function", "arguments"}):
-        return value  # a shape of the chat template's own
-    inner = _loaded(value.get("function", value)) if isinstance(value, dict) else None
-    if not isinstance(inner, dict):
+def unread_keys(value: Any) -> list[str]:
+    """The keys of the first call that `read_calls` cannot read."""
+    value = loaded(value)
+    given = map(_keys_of, value if isinstance(value, list) else [value])
+    return next((list(keys) for keys in given if keys and _read_call(keys) is None), [])
+
+
+def _keys_of(value: Any) -> dict[str, Any]:
+    """A call in one level, whether it stands under "function" or not; {} for what is no object."""
+    value = loaded(value)
+    if not isinstance(value, dict):
+        return {}
+    inner = loaded(value.get("function"))
+    return {**{key: one for key, one in value.items() if key != "function"}, **inner} if isinstance(inner, dict) else value
+
+
+def _read_call(keys: dict[str, Any]) -> Call | None:
+    name, given = keys.get("name"), [keys[key] for key in ("arguments", "parameters") if keys.get(key) not in (None, "")]
+    if not given and keys.keys() <= _CALL_KEYS:  # else they may stand under the other key
+        given = [{}]
+    arguments = loaded(given[0]) if len(given) == 1 else None
+    if not (isinstance(name, str) and name and isinstance(arguments, dict)):
         return None
-    arguments = _loaded(inner.get("arguments", inner.get("parameters")) or {})
-    if not (isinstance(inner.get("name"), str) and inner["name"] and isinstance(arguments, dict)):
-        return None
-    call = {"name": inner["name"], "arguments": arguments}
-    return {**call, "id": value["id"]} if isinstance(value.get("id"), str) else call
+    call = {"name": name, "arguments": arguments}
+    return {**call, "id": keys["id"]} if isinstance(keys.get("id"), str) else call
+
+
+_CALL_KEYS = {"name", "arguments", "parameters", "id", "type", "index"}
 
 
 def read_schemas(value: Any) -> list[dict[str, Any]] | None:
     """The tools of a row: a list of objects with a name, perhaps as a JSON string; [] for nothing, None for anything else."""
-    value = _loaded(value) if value not in (None, "") else []
+    value = loaded(value) if value not in (None, "") else []
     if isinstance(value, list) and all(isinstance(one, dict) and isinstance(_schema(one).get("name"), str) for one in value):
         return value
     return None
 
 
-def _loaded(value: Any) -> Any:
+def loaded(value: Any) -> Any:
+    """What JSON in a string says, None where it cannot be used; other values as they are."""
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        value = json.loads(value)
     except (ValueError, RecursionError):
         return None
+    return None if is_deep(value) else value
+
+
+DEEPEST = 200  # far below what Python can recurse into
+
+
+def is_deep(value: Any) -> bool:
+    """Whether lists and objects are nested so deep that writing them could fail."""
+    level = [[value]]
+    for _ in range(DEEPEST + 1):
+        level = [
+            inner
+            for one in level
+            for inner in (one.values() if isinstance(one, dict) else one)
+            if isinstance(inner, (dict, list))  # dict | list takes twice as long, and every row pays it
+        ]
+        if not level:
+            return False
+    return True
 
 
 def answered(turns: Sequence[Turn]) -> dict[int, tuple[int, Call]]:
@@ -262,7 +298,8 @@ def _name(call: Call) -> str:
 
 
 def _arguments(call: Call) -> dict[str, Any]:
-    arguments = _loaded(_schema(call).get("arguments") or {})
+    arguments = _schema(call).get("arguments")
+    arguments = {} if arguments in (None, "") else loaded(arguments)
     if not isinstance(arguments, dict):
         raise UserError(f"the arguments of a tool call must be an object (or that as JSON), not in {_json(call)}")
     return arguments

@@ -113,7 +113,7 @@ def test_a_form_is_recognised_by_its_keys_and_said(form: str, row: dict, wanted:
 
 
 def test_message_keys_reach_their_turn() -> None:
-    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "name": "look"}]}
     messages = [
         {"role": "user", "content": "q", "name": "Ann"},
         {"role": "assistant", "content": "draft", "learn": False},
@@ -125,7 +125,7 @@ def test_message_keys_reach_their_turn() -> None:
     found = load([{"messages": messages}]).rows[0].turns
     assert found[0] == Turn("user", "q", extra={"name": "Ann"})
     assert found[1] == Turn("assistant", "draft", learn=False)
-    assert found[3] == Turn("assistant", "", extra={"tool_calls": [{"id": "1"}]})
+    assert found[3] == Turn("assistant", "", extra={"tool_calls": [{"name": "look", "arguments": {}, "id": "1"}]})
     assert found[5].weight == 0.5
 
 
@@ -166,6 +166,8 @@ def test_a_key_that_is_not_used_is_said() -> None:
     assert "keys not used: source, id" in load([{**ROW, "source": "web", "id": 3}]).notes[0]
     chat = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "label": False}
     assert any("KTO" in note for note in load([chat]).notes)
+    mixed = [{**ROW, "source": "web"}, {"question": "q", "answer": "a", "id": 3}, {"messages": chat["messages"]}]
+    assert load(mixed).notes[0].endswith("; keys not used: source, id"), "by none of the forms"
 
 
 @pytest.mark.parametrize(
@@ -211,6 +213,31 @@ def test_variables_fill_every_text() -> None:
     assert loaded.rows[0].meta["row"] == row
     message = error([row], options={"variables": {"nme": "x"}})
     assert "stands in no row" in message and "did you mean 'name'?" in message and "{{author}}" in message
+
+
+def test_variables_fill_tool_calls_and_schemas() -> None:
+    call = {"name": "w", "arguments": {"of": ["{{name}}", 1]}}
+    messages = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "r"},
+        {"role": "assistant", "content": "a"},
+    ]
+    row = {"messages": messages, "tools": [{"name": "w", "description": "by {{author}}"}]}
+    found = load([row], options={"variables": {"name": "Nova", "author": "us"}}).rows[0].turns
+    assert found[0].extra == {"tools": [{"name": "w", "description": "by us"}]}
+    assert found[1].extra == {"tool_calls": [{"name": "w", "arguments": {"of": ["Nova", 1]}}]}
+
+
+@pytest.mark.parametrize("depth", [250, 600, 950, 970, 985, 1000, 3000])
+@pytest.mark.parametrize("opening", ["[", '{"a":'])
+def test_no_depth_of_nesting_is_more_than_a_bad_row(depth: int, opening: str) -> None:
+    nested = opening * depth + "1" + ("]" if opening == "[" else "}") * depth
+    call = '{"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": %s}]}'
+    inner = json.dumps(f'{{"name": "w", "arguments": {nested}}}')
+    for row in (f'{{"instruction": "q", "output": {nested}}}', f"[{nested}]", call % nested, call % inner):
+        message = error(json.dumps(ROW) + "\n" + row)
+        assert message.startswith("train.jsonl:2") and ("nested too deep" in message or "call that cannot be read" in message)
 
 
 def test_weight_is_passes_over_the_source() -> None:

@@ -38,6 +38,7 @@ def refused(row: Any, want: forms.Want = "answers", **reading: Any) -> DataError
 
 QA = [("user", "q"), ("assistant", "a")]
 TWO = [("user", "p"), ("assistant", "b"), *QA]
+MORE = [("user", "q\nc"), ("assistant", "a")]
 ROUNDS = "Human: p\nAssistant: b\nHuman: q\nAssistant:"
 
 
@@ -59,6 +60,13 @@ ROUNDS = "Human: p\nAssistant: b\nHuman: q\nAssistant:"
         ("prompt-completion", {"prompt": "q", "completion": "a"}, QA),
         ("prompt-completion", {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]}, QA),
         ("context", {"context": "q", "target": "a"}, QA),
+        ("dolly", {"instruction": "q", "context": "c", "response": "a"}, MORE),
+        ("dolly", {"instruction": "q", "input": "c", "response": "a"}, MORE),
+        ("alpaca", {"instruction": "q", "context": "c", "output": "a"}, MORE),
+        ("question-answer", {"question": "q", "context": "c", "answer": "a"}, MORE),
+        ("query-response", {"query": "q", "context": "c", "response": "a"}, MORE),
+        ("prompt-response", {"prompt": "q", "input": "c", "context": None, "response": "a"}, MORE),
+        ("prompt-completion", {"prompt": "q", "input": "c", "completion": "a"}, MORE),
         ("firefly", {"kind": "NLI", "input": "q", "target": "a"}, QA),
         ("adgen", {"content": "q", "summary": "a"}, QA),
         ("messages", {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, QA),
@@ -84,7 +92,8 @@ def test_a_form_is_recognised_and_can_be_named(name: str, row: dict, wanted: lis
         (record,) = read(row, **reading)
         assert isinstance(record, Conversation) and told(record) == wanted
     # the same through columns, without any recognition
-    columns = {key: value for key, value in form.names.items() if value in row and key in forms.COLUMNS}
+    columns = {key.removesuffix(" 2"): value for key, value in form.names.items() if row.get(value) is not None}
+    columns = {key: value for key, value in columns.items() if key in forms.COLUMNS}
     if "rounds" not in form.names:
         assert told(read(row, columns=columns)[0]) == wanted
     # without the answer, as a prompt
@@ -136,6 +145,7 @@ ENDS = [{"role": "assistant", "content": "a"}], [{"role": "assistant", "content"
         ("preference", {"prompt": HEAD, "chosen": ENDS[0], "rejected": ENDS[1]}),
         ("preference", {"prompt": "q", "chosen": HEAD + ENDS[0], "rejected": HEAD + ENDS[1]}),
         ("messages", {"prompt": "q", "messages": HEAD + ENDS[0], "chosen": HEAD + ENDS[0], "rejected": HEAD + ENDS[1]}),
+        ("preference", {"prompt": "Human: q\n\nAssistant:", "chosen": HEAD + ENDS[0], "rejected": HEAD + ENDS[1]}),
         ("preference", {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}),
     ],
 )
@@ -219,6 +229,11 @@ def test_a_labelled_row_is_good_or_bad(row: dict, good: bool) -> None:
         ({"prompt": "q", "chosen": "a", "rejected": None}, "preferences", "wrong-type", "'rejected' must be a string, a message or a list"),
         ({"prompt": "q", "chosen": 3, "rejected": "b"}, "preferences", "wrong-type", "'chosen' must be a string, not a number (3)"),
         ({"chosen": HEAD + ENDS[0], "rejected": HEAD}, "preferences", "preference-row", "'chosen' must end with one answer of its own"),
+        ({"prompt": "OTHER", "chosen": HEAD + ENDS[0], "rejected": HEAD + ENDS[1]}, "preferences", "preference-row", "the row asks a string (\"OTHER\") beside the conversations in 'chosen'"),
+        ({"prompt": "q", "context": "c", "chosen": HEAD + ENDS[0], "rejected": HEAD + ENDS[1]}, "preferences", "preference-row", "the row asks a string (\"c\") beside"),
+        ({"prompt": HEAD, "input": "c", "completion": "a"}, "answers", "wrong-type", "'input' is filled beside messages in 'prompt'"),
+        ({"instruction": ROUNDS, "context": "c", "output": "a"}, "answers", "wrong-type", "'context' is filled beside rounds"),
+        ({"question": "q", "context": ["c"], "answer": "a"}, "answers", "wrong-type", "'context' must be a string, not a list"),
         ({"chosen": HEAD, "rejected": HEAD}, "preferences", "preference-row", "must end with one answer of its own"),
         ({"prompt": "q", "chosen": [], "rejected": []}, "preferences", "wrong-type", "'chosen' must be a string, not a list"),
         ({"prompt": " ", "chosen": "a", "rejected": "b"}, "preferences", "empty-question", "the question is empty"),
@@ -311,6 +326,36 @@ def test_every_spelling_of_a_tool_call_is_the_same_record() -> None:
     beside = share_gpt("function_call", "observation", "[]")
     beside["conversations"].insert(1, {"from": "gpt", "value": "Let me see."})
     assert read(beside)[0].turns[1] == Turn("assistant", "Let me see.", extra={"tool_calls": [CALL]})
+
+
+def calling(call: Any) -> dict:
+    said = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "r"}, *ENDS[0]]
+    return {"messages": [*HEAD, *said]}
+
+
+@pytest.mark.parametrize(
+    ("call", "keys"),
+    [
+        ({"function": {"name": "w", "args": {"town": "Oslo"}}}, ["name", "args"]),
+        ({"type": "tool_use", "id": "1", "name": "w", "input": {}}, ["type", "id", "name", "input"]),
+        ({"name": "w", "arguments": "", "args": {}}, ["name", "arguments", "args"]),
+        ({"name": "w", "arguments": {"a": 1}, "parameters": {"b": 1}}, ["name", "arguments", "parameters"]),
+        ({"name": "w", "arguments": []}, ["name", "arguments"]),
+        ({"name": "w", "arguments": 0}, ["name", "arguments"]),
+        ({"name": "w", "arguments": False}, ["name", "arguments"]),
+        ({"nme": "w", "argments": {}}, ["nme", "argments"]),
+        ({"id": "1"}, ["id"]),
+    ],
+)
+def test_no_argument_of_a_call_is_lost_under_another_key(call: dict, keys: list[str]) -> None:
+    found = refused(calling(call))
+    assert found.kind == "tool-turn" and f"with the keys {keys}; a call is {{" in str(found)
+
+
+@pytest.mark.parametrize("more", [{}, {"arguments": None}, {"arguments": ""}, {"parameters": "{}", "type": "function"}])
+def test_a_call_may_have_no_arguments(more: dict) -> None:
+    for call in ({"name": "w", **more}, {"function": {"name": "w", **more}}, {"name": "w", "function": more}):
+        assert read(calling(call))[0].turns[1].extra["tool_calls"] == [{"name": "w", "arguments": {}}]
 
 
 @pytest.mark.parametrize(
