@@ -34,6 +34,11 @@ BAD_BYTES = re.compile("[\udc80-\udcff]")  # how bytes that are not UTF-8 stand 
 _BLANK = re.compile(r"[ \t\r\n]*")
 
 
+def printable(text: str) -> str:
+    """The text with halves of surrogate pairs as \\udXXX: no terminal and no file takes them as they are."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def head_of(path: Path, name: str) -> tuple[bytes, bool]:
     """The first block of a file, unpacked, and whether the file is gzip. Raises DataError where it cannot be opened."""
     try:
@@ -67,11 +72,11 @@ def read(stream: Bytes, size: int) -> bytes:
 
 def check_is_text(head: bytes, name: str) -> None:
     """Raises DataError for a file whose first block is not UTF-8 text. A few bad lines in it are errors of those rows."""
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or _every_other_byte_is_nul(head):
-        raise DataError("encoding-damage", "this is UTF-16, not UTF-8" + _iconv("UTF-16", name))
     for magic, what in _MAGIC.items():
         if head.startswith(magic):
             raise DataError("binary-file", f"this is a binary file ({what}), not text; unpack or convert it to JSON Lines first")
+    if wide := _wide_encoding(head[:512]):
+        raise DataError("encoding-damage", f"this is {wide}, not UTF-8{_iconv(wide, name)}")
     if sum(byte < 9 or 13 < byte < 32 for byte in head[:8192]) > len(head[:8192]) / 50:
         raise DataError("binary-file", "this is a binary file, not text (JSON, JSON Lines, CSV or plain text)")
     head = head.removeprefix(codecs.BOM_UTF8)
@@ -80,16 +85,27 @@ def check_is_text(head: bytes, name: str) -> None:
         _refuse_other_encoding(head[:used], text, len(text[: bad.start()].encode()), name)
 
 
-def _every_other_byte_is_nul(data: bytes) -> bool:
-    head = data[:512]
-    return len(head) > 3 and max(head[0::2].count(0), head[1::2].count(0)) > len(head) / 4
+def _wide_encoding(head: bytes) -> str:
+    """UTF-16 or UTF-32 where the bytes are text in it: with its mark, or with many NULs as text of Latin letters has them; else ""."""
+    marked = head.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff"))
+    if not marked and head.count(0) * 4 <= len(head):
+        return ""
+    small_first = head[1::2].count(0) > head[0::2].count(0)
+    for encoding in ("UTF-32", "UTF-16") if marked else ("UTF-32LE", "UTF-32BE", "UTF-16LE" if small_first else "UTF-16BE"):
+        try:
+            text = codecs.getincrementaldecoder(encoding)().decode(head)
+        except UnicodeError:
+            continue
+        if text and sum(one.isprintable() or one.isspace() for one in text) > len(text) * 0.9:
+            return encoding
+    return ""
 
 
 def _refuse_other_encoding(data: bytes, text: str, first: int, name: str) -> None:
-    lines = [line for line in text.split("\n") if line.strip()]
+    lines = [line for line in text.split("\n") if line.strip(" \t\r[]{},")]  # not the brackets of an array
     foreign = [line for line in lines if not line.isascii()]
     bad = sum(1 for line in foreign if BAD_BYTES.search(line))
-    if bad * 2 <= len(foreign) or bad * 10 <= len(lines):
+    if bad * 2 <= len(foreign) or bad * 10 <= len(lines) or bad == 1 < len(lines):
         return
     try:
         codecs.getincrementaldecoder("gb18030")().decode(data)

@@ -16,15 +16,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
 from . import quality, tools
+from .blocks import printable
 from .data import Problem, Rows, problem_of
 from .errors import UserError
 from .forms import Form, Reading, Record, Want, choose_forms, open_file, recognise, shape
-from .reading import Broken, DataError, File, Item
+from .reading import Broken, DataError, File, Item, left_out, suffix_of
 from .records import Conversation, Document, Labelled, Preference, Turn
 from .run import Source
 from .sources import Found, find
@@ -47,6 +48,11 @@ class Row:
         return self.records[0] if self.records else None
 
     @property
+    def texts(self) -> list[str]:
+        """What is asked and every answer to it; the question of several records once."""
+        return list(dict.fromkeys(text for record in self.records for text in quality.texts(record)))
+
+    @property
     def counts(self) -> bool:
         """Whether a row stands here; False for a comma that is missing between two rows."""
         return isinstance(self.item, Item) or self.item.lost
@@ -67,7 +73,7 @@ class Checked:
     problems: list[Problem] = field(default_factory=list)  # of the file as a whole
     of_rows: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    cut: list[str] = field(default_factory=list)  # what max_samples leaves out, as a line
+    cut: list[str] = field(default_factory=list)  # what max_samples and the look of a folder leave out, as lines
 
     def open(self) -> File:
         return open_file(self.path, self.name, self.source.columns)
@@ -110,7 +116,7 @@ def check(
                 rows += row.counts
                 _compare_with_earlier(row, file.name, seen, is_dev, learn=bool(watched) and not is_dev)
                 lengths.add(row, file.name)
-                near.add("\n".join(quality.texts(row.record)) if row.record and not _is_told_as_equal(row) else None)
+                near.add("\n".join(row.texts) if row.records and not _is_told_as_equal(row) else None)
                 tally.add(row)
                 file.of_rows += row.problems
             tally.tell()
@@ -120,14 +126,15 @@ def check(
     return {
         "rows": rows,
         "problems": [_plain(problem) for problem in problems],
-        "notes": notes,
+        "notes": [printable(note) for note in notes],
         "lengths": quality.lengths(lengths.sizes, lengths.unit),
     }
 
 
 def _plain(problem: Problem) -> dict[str, Any]:
     message = f"column {problem.column}: {problem.message}" if problem.column else problem.message
-    return {"file": problem.file, "line": problem.line, "kind": problem.kind, "level": problem.level, "message": message}
+    told = {"file": printable(problem.file), "line": problem.line, "kind": problem.kind, "level": problem.level}
+    return {**told, "message": printable(message)}
 
 
 # --- one file -------------------------------------------------------------------------------------------------------------
@@ -149,16 +156,18 @@ def _survey_all(paths: Sequence[str | Path], columns: dict[str, str] | None, for
             raise UserError(f"{given} is a run file or a registry, no data; name the files, or the data sets, under its `data:`")
     for source in find([Source(path=str(given), columns=columns, format=format) for given in paths]):
         most = left = source.max_samples
+        more = left_out(source.path)
         for path, name in source.files:
-            file = Checked(path, name, source, left)
+            file = Checked(path, name, source, left, cut=more)
             files.append(file)
+            more = []
             if left == 0:
-                file.cut = [f"{name}: not looked at (max_samples {most} reached)"]
+                file.cut += [f"{name}: not looked at (max_samples {most} reached)"]
                 continue
             count = _survey(file)
             if left is not None:
                 if count == left:
-                    file.cut = [f"{name}: only the first {left} rows are looked at (max_samples {most})"]
+                    file.cut += [f"{name}: only the first {left} rows are looked at (max_samples {most})"]
                 left -= count
     return files
 
@@ -318,19 +327,16 @@ class _Tally:
         self.crossed, self.declined = _Lines(), _Lines()
 
     def add(self, row: Row) -> None:
-        record = row.record
-        if record is None:
+        if not row.records:
             return
         main = self.file.reading.chosen[0] if self.file.reading and self.file.reading.chosen else None
         if row.form is not None and row.form != main:
             self.others.setdefault(row.form.name, [row.item.line, 0])[1] += 1
         self.goods.update(one.good for one in row.records if isinstance(one, Labelled))
-        self.languages[quality.language("\n".join(quality.texts(record))) or "no letters"] += 1
-        asked = [] if isinstance(record, Document) else [turn.text for turn in record.turns if turn.role == "user"]
-        pair = {quality.language(text) for text in asked[-1:] + quality.parts(record)[1][:1]} - {""}
-        if len(pair) > 1:
+        self.languages[quality.language("\n".join(row.texts)) or "no letters"] += 1
+        if any(map(_is_crossed, row.records)):
             self.crossed.add(row.item.line)
-        if (learned := _learned(record)) is not None and quality.declines(learned.text):
+        if any(quality.declines(learned.text) for learned in map(_learned, row.records) if learned is not None):
             self.declined.add(row.item.line)
 
     def tell(self) -> None:
@@ -355,6 +361,11 @@ class _Tally:
             file.notes += [f"{name}: {said}: {lines.count} (lines {_some(lines.first)})"] if lines.count else []
 
 
+def _is_crossed(record: Record) -> bool:
+    asked = [] if isinstance(record, Document) else [turn.text for turn in record.turns if turn.role == "user"]
+    return len({quality.language(text) for text in asked[-1:] + quality.parts(record)[1][:1]} - {""}) > 1
+
+
 # --- one row --------------------------------------------------------------------------------------------------------------
 
 
@@ -364,8 +375,9 @@ def _contents(name: str, row: Row) -> list[Problem]:
     found = quality.damage(row.item.value)
     if any(problem.kind == "encoding-damage" for problem in row.problems):
         found.pop("encoding-damage", None)
-    told = [*found.values(), *(_of_record(row.record) if row.record is not None else ())]
-    problems = [Problem(name, row.item.line, kind, message, level) for kind, level, message in told]
+    for finding in chain.from_iterable(map(_of_record, row.records)):
+        found.setdefault(finding.kind, finding)
+    problems = [Problem(name, row.item.line, kind, message, level) for kind, level, message in found.values()]
     row.refused = row.refused or any(problem.level == "error" for problem in problems)
     return problems
 
@@ -441,10 +453,10 @@ class _Seen:
         return ("row", same) if same else ("question", self._one(any_answer, key))
 
     def several(self, most: int) -> tuple[int, list[list[str]]]:
-        """How many questions have more than one answer, and of the first of them where up to three answers stand."""
-        found = "SELECT question, min(rowid) AS first FROM answers GROUP BY question HAVING count(*) > 1"
+        """How many questions are answered differently in several places, and of the first of them up to three places."""
+        found = "SELECT question, min(rowid) AS first FROM answers GROUP BY question HAVING count(DISTINCT place) > 1"
         count = self.base.execute(f"SELECT count(*) FROM ({found})").fetchone()[0]
-        places = "SELECT place FROM answers WHERE question = ? ORDER BY rowid LIMIT 3"
+        places = "SELECT place FROM answers WHERE question = ? GROUP BY place ORDER BY min(rowid) LIMIT 3"
         first = self.base.execute(f"{found} ORDER BY first LIMIT ?", (most,)).fetchall()
         return count, [[self._said(place) for (place,) in self.base.execute(places, (key,))] for key, _ in first]
 
@@ -466,20 +478,23 @@ def _digest(text: str) -> int:
 def _compare_with_earlier(row: Row, name: str, seen: _Seen, is_dev: bool, learn: bool) -> None:
     """Tells rows that stand earlier, and rows of dev that are trained on; remembers the others. learn: dev rows will follow."""
     _find_duplicate(row, name, seen)
-    record, line = row.record, row.item.line
-    if record is None:
-        return
-    if isinstance(record, Conversation) and record.turns[-1].role == "assistant":
-        asked = json.dumps([turn.text for turn in record.turns[:-1]])
-        seen.add("answers", asked, record.turns[-1].text, line)
-    if learn or is_dev:  # spaces and case do not count
-        question, answer = map(_plain_text, quality.parts(record))
-        if learn:
-            seen.add("learned", question, answer, line)
-            return
-        what, place = seen.learned(question, answer)
-        if place:
-            row.problems.append(Problem(name, line, "dev-overlap", f"the same {what} is trained on: {place}", "warning"))
+    line = row.item.line
+    trained: dict[str, str] = {}
+    for record in row.records:
+        if isinstance(record, Conversation) and record.turns[-1].role == "assistant":
+            asked = json.dumps([turn.text for turn in record.turns[:-1]])
+            seen.add("answers", asked, record.turns[-1].text, line)
+        if learn or is_dev:  # spaces and case do not count
+            question, answer = map(_plain_text, quality.parts(record))
+            if learn:
+                seen.add("learned", question, answer, line)
+                continue
+            what, place = seen.learned(question, answer)
+            if place:
+                trained.setdefault(what, place)
+    if trained:
+        what = "row" if "row" in trained else "question"
+        row.problems.append(Problem(name, line, "dev-overlap", f"the same {what} is trained on: {trained[what]}", "warning"))
 
 
 def _find_duplicate(row: Row, name: str, seen: _Seen) -> None:
@@ -509,7 +524,7 @@ def _near_duplicates(files: list[Checked], near: quality.NearDuplicates) -> list
         limit, total = quality.NEAR_LIMIT, near.count + near.left_out
         notes.append(f"near-duplicates: looked for among the first {limit} of {total} rows only")
     rows = ((file.name, row) for file in files for row in _read(replace(file)))
-    places = ((f"{name}:{row.item.line}", "\n".join(quality.texts(row.record)) if row.record else "") for name, row in rows)
+    places = ((f"{name}:{row.item.line}", "\n".join(row.texts)) for name, row in rows)
     for later, earlier, share in near.found(places):
         count += 1
         pairs += [f"{later} and {earlier} {share:.0%}"] if count <= 9 else []
@@ -544,7 +559,7 @@ class _Lengths:
         if record is None or (self.encode is not None and row.refused):
             return
         if self.encode is None:
-            self.sizes[sum(map(len, quality.texts(record)))] += 1
+            self.sizes[max(sum(map(len, quality.texts(one))) for one in row.records)] += 1
             return
         size = max(self.encode(one) for record in row.records for one in quality.sequences(record))
         self.sizes[size] += 1
@@ -597,7 +612,7 @@ class _Sorted:
 
 
 def fix(paths: Sequence[str | Path], out: str | Path, *, columns: dict[str, str] | None = None, format: str | None = None) -> str:
-    """Writes the clean rows to `out`, in the layout of the input, and the others to `out`.removed.jsonl; returns what to print.
+    """Writes the clean rows to `out`, in the layout of the input where they read back so, and the others to `out`.removed.jsonl; returns what to print.
 
     Rows with errors and exact duplicates are removed; rows in = rows out + rows removed. Raises UserError where a file cannot
     be read at all, or one of the two outputs exists already.
@@ -620,13 +635,18 @@ def fix(paths: Sequence[str | Path], out: str | Path, *, columns: dict[str, str]
     kept = sum(part.count - len(part.gone) - len(part.passed) for part in parts)
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for part in parts for row in part.removed())
     write_whole(removed, lines)
+    layout, other = _layout_of(parts), ""
     try:
-        write_whole(out, _render(parts))
+        write_whole(out, _render(parts, layout, out.name))
+        if layout in ("csv", "text") and not _reads_back(out, parts):
+            other = f"; as {'CSV' if layout == 'csv' else 'plain text'} they would be read otherwise, so {out} has JSON Lines"
+            write_whole(out, _render(parts, "lines", out.name))
     except UserError:
         removed.unlink()
+        out.unlink(missing_ok=True)
         raise
     why = f" ({', '.join(f'{count} {kind}' for kind, count in kinds.most_common())})" if kinds else ""
-    return f"{kept + kinds.total()} rows in: {kept} in {out}, {kinds.total()} removed to {removed}{why}"
+    return f"{kept + kinds.total()} rows in: {kept} in {out}, {kinds.total()} removed to {removed}{why}{other}"
 
 
 def _sorted(file: Checked, seen: _Seen) -> _Sorted:
@@ -647,16 +667,32 @@ def _sorted(file: Checked, seen: _Seen) -> _Sorted:
     return part
 
 
-def _render(parts: list[_Sorted]) -> Iterator[str]:
-    """Rows in their own spelling, in the layout they came in; files of several layouts become JSON Lines."""
-    parts = [part for part in parts if part.count > len(part.gone) + len(part.passed)]
-    layouts, headers = {part.layout for part in parts}, {part.header for part in parts}
+def _layout_of(parts: list[_Sorted]) -> str:
+    """The layout that all files with good rows came in; of several it is JSON Lines."""
+    found = {(part.layout, part.header) for part in parts if part.count > len(part.gone) + len(part.passed)}
+    return found.pop()[0] if len(found) == 1 else "lines"
+
+
+def _reads_back(out: Path, parts: list[_Sorted]) -> bool:
+    """Whether the rows in `out` are those that were kept. One text of several lines is read as several, CSV by its file's name."""
+    kept = (item.value for part in parts for _, item in part.kept())
+    try:
+        return all(
+            isinstance(item, Item) and item.value == value for item, value in zip_longest(open_file(out, out.name).items, kept)
+        )
+    except DataError:
+        return False
+
+
+def _render(parts: list[_Sorted], layout: str, name: str) -> Iterator[str]:
+    """Rows in their own spelling."""
     rows = chain.from_iterable(part.kept() for part in parts)
-    if layouts == {"array"}:
+    if layout == "array":
         return chain(["[\n"], _joined((file.raw(item) for file, item in rows), ",\n"), ["\n]\n"])
-    if layouts == {"csv"} and len(headers) == 1:
-        return _csv(headers.pop(), rows)
-    if layouts == {"text"}:
+    if layout == "csv":
+        header = next(part.header for part in parts if part.header)
+        return _csv(header, rows, "\t" if suffix_of(name) == ".tsv" else ",")
+    if layout == "text":
         blank = "\n\n" if any(part.has_lines for part in parts) else "\n"
         return chain(_joined((file.raw(item).rstrip() for file, item in rows), blank), ["\n"])
     return (_one_line(file, item) + "\n" for file, item in rows)
@@ -672,12 +708,12 @@ def _one_line(file: File, item: Item) -> str:
     return raw if file.layout in ("array", "lines") and "\n" not in raw else json.dumps(item.value, ensure_ascii=False)
 
 
-def _csv(header: tuple[str, ...], rows: Iterable[tuple[File, Item]]) -> Iterator[str]:
+def _csv(header: tuple[str, ...], rows: Iterable[tuple[File, Item]], delimiter: str) -> Iterator[str]:
     sheet = io.StringIO(newline="")
-    writer = csv.writer(sheet, lineterminator="\n")
+    writer = csv.writer(sheet, delimiter=delimiter, lineterminator="\r\n")  # so that a text with either in it is put in quotes
     for fields in chain([header], ([item.value[key] for key in header] for _, item in rows)):
         writer.writerow(fields)
-        yield sheet.getvalue()
+        yield sheet.getvalue()[:-2] + "\n"
         sheet.seek(0)
         sheet.truncate()
 

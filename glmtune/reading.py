@@ -5,16 +5,17 @@ Nothing is dropped: what is not a row comes out as `Broken`, with its place. No 
 
 import csv
 import json
+import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from glob import glob
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from .blocks import LIMIT, Bytes, DataError, Window, check_is_text, head_of, open_bytes
+from .blocks import BAD_BYTES, LIMIT, Bytes, DataError, Window, check_is_text, head_of, open_bytes, printable
 from .errors import did_you_mean
 
 
@@ -86,12 +87,25 @@ def find_files(path: str) -> list[tuple[Path, str]]:
         if re.search(r"[*?\[]", path):
             return _matching(path)
         raise DataError("missing-file", f"the data file '{path}' is not there{_near_names(found)}")
-    if not found.is_dir():
+    if found.is_file():
         return [(found, path)]
+    if not found.is_dir():
+        raise DataError("missing-file", f"'{path}' is neither a file nor a folder (a pipe?); write what it gives to a file first")
     files = sorted(entry for entry in found.iterdir() if is_data_name(entry.name) and entry.is_file())
     if not files:
         raise DataError("missing-file", f"the folder '{path}' has no data files ({', '.join(SUFFIXES)}, also .gz)")
     return [(entry, f"{path.rstrip('/')}/{entry.name}") for entry in files]
+
+
+def left_out(path: str) -> list[str]:
+    """A note where subfolders of a folder have data files too: `find_files` does not look there."""
+    folder = Path(path).expanduser()
+    for at, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if Path(at) != folder and (found := sorted(filter(is_data_name, names))):
+            first = Path(at, found[0]).relative_to(folder)
+            return [f"{path}: its subfolders are left out ({first} and all else there); '{path.rstrip('/')}/**/*' takes them too"]
+    return []
 
 
 def _matching(pattern: str) -> list[tuple[Path, str]]:
@@ -120,6 +134,8 @@ def open_file(path: Path, name: str, is_row: Callable[[dict[str, Any]], bool] = 
     binary file, an encoding other than UTF-8.
     """
     head, packed = head_of(path, name)
+    if packed and head.startswith(b"PAR1"):
+        raise DataError("binary-file", "this is a Parquet file packed with gzip; unpack it first (gunzip)")
     if head.startswith(b"PAR1"):
         return File(name, "lines", _parquet_items(path), path=path, packing="parquet")
     check_is_text(head, name)
@@ -151,7 +167,7 @@ def _layout(window: Window, again: Callable[[], Window], start: int, suffix: str
             message = f"expected '[' or '{{' (JSON), got {window.excerpt(start)}; CSV needs the suffix .csv, plain text .txt"
             raise DataError("malformed-json", message, line, column)
         return _objects(window, again, start, is_row)
-    return _text_items(window)
+    return _text_items(window, _has_gaps(again()))
 
 
 def _starts_with_object(window: Window, start: int) -> bool:
@@ -168,7 +184,23 @@ def _item(window: Window, line: int, value: Any, start: int, end: int) -> Item |
     if window.matches_bad_bytes(start, end):
         message = "the row has bytes that are not UTF-8 (GBK or Latin-1?); write them as UTF-8"
         return Broken(line, None, message, first, last, "encoding-damage")
+    if _HALF.search(window.text, start, end) and (bad := next((key for key in _keys(value) if printable(key) != key), None)):
+        message = f"the key '{printable(bad)}' holds half of a surrogate pair, which is not a character"
+        return Broken(line, None, message, first, last, "encoding-damage")
     return Item(line, value, first, last)
+
+
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def _keys(value: Any) -> Iterator[str]:
+    """All keys of a row, however deep."""
+    rest = [value]
+    while rest:
+        one = rest.pop()
+        if isinstance(one, dict):
+            yield from one
+        rest += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
 
 
 # --- JSON -----------------------------------------------------------------------------------------------------------------
@@ -177,9 +209,12 @@ def _item(window: Window, line: int, value: Any, start: int, end: int) -> Item |
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise _TwiceError(twice)
+        raise _TwiceError(printable(str(_twice(key for key, _ in pairs))))
     return result
+
+
+def _twice(names: Iterable[str]) -> str | None:
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 class _TwiceError(ValueError):
@@ -219,19 +254,34 @@ def _decode(window: Window, start: int, decoder: json.JSONDecoder = _LENIENT) ->
 def _array_items(window: Window, start: int, wrapped: bool = False) -> Iterator[Item | Broken]:
     """The elements of the array that opens at `start`; goes on after every broken one."""
     opening_keys: set[str] = set()
-    position, before = start + 1, "["
+    position, before, closed = start + 1, "[", False
     while True:
         position = window.skip(window.advance(position))
         if position == len(window.text):
-            yield _broken(window, position, position, "the file ends inside the array: expected ']'", lost=False)
+            if not closed:
+                yield _broken(window, position, position, "the file ends inside the array: expected ']'", lost=False)
             return
         mark = window.text[position]
         if mark == "]":
             if before == ",":
                 yield _broken(window, position, position, "a comma before ']'", lost=False)
-            if not wrapped:
-                yield from _after_array(window, position + 1)
-            return
+            after = window.skip(position + 1)
+            if wrapped or after == len(window.text):
+                return
+            mark = window.text[after]
+            why = {"[": " (two arrays?)", ",": " (a ']' too early?)", "{": " (a ']' too early?)"}.get(mark, "")
+            message = f"expected the end of the file after ']', got {window.excerpt(after)}{why}"
+            yield _broken(window, position, position, message, lost=False)
+            if mark == "{":
+                yield from _object_items(window, after)
+                return
+            closed = mark != "["
+            position, before = (after, "row" if mark == "," else "broken") if closed else (after + 1, "[")
+            continue
+        if mark == "[" and _opens_row(window, position + 1, opening_keys):
+            yield _broken(window, position, position, "expected a row, got '['", lost=False)
+            position += 1
+            continue
         if mark == ",":
             if before != "row":
                 yield _broken(window, position, position, "expected a row, got ','", lost=False)
@@ -247,22 +297,21 @@ def _array_items(window: Window, start: int, wrapped: bool = False) -> Iterator[
             return
 
 
-def _after_array(window: Window, position: int) -> Iterator[Item | Broken]:
-    position = window.skip(position)
-    if position == len(window.text):
-        return
-    more = window.text[position] == "["
-    message = f"expected the end of the file after ']', got {window.excerpt(position)}" + (" (two arrays?)" if more else "")
-    yield _broken(window, position, len(window.text), message, lost=not more)
-    if more:
-        yield from _array_items(window, position)
+def _opens_row(window: Window, position: int, opening_keys: set[str]) -> bool:
+    """Whether an object begins there as rows before it did."""
+    try:
+        key = window.skip(_past_mark(window, position, "{"))
+        end = _decode(window, key)[1]
+    except (ValueError, RecursionError):
+        return False
+    return window.text[key:end] in opening_keys
 
 
 def _objects(window: Window, again: Callable[[], Window], start: int, is_row: Callable) -> _Layout:
     wrapped = _wrapped_list(again(), is_row)
     if wrapped is None:
         return "lines", _object_items(window, start), []
-    return "array", _items_under(again(), wrapped), [f"the rows are the list under the key '{wrapped}'"]
+    return "array", _items_under(again(), wrapped), [f"the rows are the list under the key '{printable(wrapped)}'"]
 
 
 def _wrapped_list(window: Window, is_row: Callable) -> str | None:
@@ -466,10 +515,15 @@ def _broken(window: Window, position: int, end: int, message: str, *, lost: bool
 def _csv_items(window: Window, suffix: str) -> Iterator[Item | Broken]:
     """Records with a header; texts in quotes may hold line breaks. After a broken record reading goes on at the next line."""
     csv.field_size_limit(2**31 - 1)
-    head = window.text[: window.line_end(0)]
-    delimiter = "\t" if suffix == ".tsv" or ("\t" in head and "," not in head) else ";" if ";" in head and "," not in head else ","
+    excel = _EXCEL.match(window.text)
     header: list[str] | None = None
-    start = at = 0  # where the record that is read begins, and where its next line does
+    start = at = excel.end() if excel else 0  # where the record that is read begins, and where its next line does
+    end = window.line_end(window.skip(start))
+    head = _QUOTED.sub("", window.text[start:end])
+    if "\r" in head.strip():
+        raise DataError("malformed-row", "the lines end with \\r alone (old Mac); wanted \\n: tr '\\r' '\\n' < FILE > NEW_FILE")
+    delimiter = "\t" if suffix == ".tsv" or ("\t" in head and "," not in head) else ";" if ";" in head and "," not in head else ","
+    delimiter = excel[1] if excel else delimiter
 
     def lines() -> Iterator[str]:
         nonlocal at
@@ -487,16 +541,21 @@ def _csv_items(window: Window, suffix: str) -> Iterator[Item | Broken]:
                 start = at = window.advance(at)
         except csv.Error as error:
             at = window.line_end(start)
-            message = f"broken CSV: {error} (is a quote missing?)"
+            message = f"broken CSV: {str(error).split(' - ')[0]} (is a quote missing?)"
             yield Broken(window.line(start), None, message, window.byte(start), window.byte(at), "malformed-row")
             start = at = window.advance(at)
 
 
+_EXCEL = re.compile(r'"?sep=([^\w\s"]|\t)"?\r?\n', re.IGNORECASE)
+_QUOTED = re.compile(r'"[^"]*(?:"|$)')
+
+
 def _csv_header(fields: list[str]) -> list[str]:
     names = [name.strip() for name in fields]
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise DataError("duplicate-key", f"the header names the column '{twice[0]}' twice")
+    if (twice := _twice(names)) is not None:
+        raise DataError("duplicate-key", f"the header names the column '{printable(twice)}' twice")
+    if BAD_BYTES.search("".join(names)):
+        raise DataError("encoding-damage", "the header has bytes that are not UTF-8 (GBK or Latin-1?); write them as UTF-8")
     return names
 
 
@@ -508,9 +567,26 @@ def _csv_item(window: Window, header: list[str], fields: list[str], start: int, 
     return Broken(line, None, message, window.byte(start), window.byte(end), "malformed-row")
 
 
-def _text_items(window: Window) -> _Layout:
+def _has_gaps(window: Window) -> bool:
+    """Whether blank lines stand between texts, anywhere in the file."""
+    start = window.skip(0)
+    while True:
+        end = _last_filled(window.text, len(window.text))
+        if _GAP.search(window.text, start, end):
+            return True
+        start = window.advance(end)
+        try:
+            if not window.more(start):
+                return False
+        except DataError:  # told where the texts are read
+            return False
+
+
+_GAP = re.compile(r"\n[ \t\r]*\n")
+
+
+def _text_items(window: Window, by_blank_lines: bool) -> _Layout:
     """One document a line; where blank lines stand between texts, they separate documents and single line breaks are kept."""
-    by_blank_lines = re.search(r"\n[ \t\r]*\n", window.text.strip()) is not None
     pattern = re.compile(r"\S[^\n]*(?:\n[ \t\r]*\S[^\n]*)*" if by_blank_lines else r"\S[^\n]*")
     filled = re.compile(r"\S")
 
@@ -541,12 +617,25 @@ def _parquet_items(path: Path) -> Iterator[Item | Broken]:
     number = 0
     try:
         with parquet.ParquetFile(path) as table:
+            if (twice := _twice(table.schema_arrow.names)) is not None:
+                raise DataError("duplicate-key", f"two columns have the name '{twice}'")
             for batch in table.iter_batches(batch_size=256):
-                for number, row in enumerate(batch.to_pylist(), number + 1):  # noqa: B020
+                for number, row in enumerate(_rows_of(batch), number + 1):  # noqa: B020
                     yield Item(number, _without_nulls(row), number - 1, number)
-    except pyarrow.ArrowException as error:
-        message = f"this is a binary file (Parquet) that cannot be read: {str(error).splitlines()[0]}"
+    except DataError:
+        raise
+    except (pyarrow.ArrowException, OSError, OverflowError, ValueError) as error:  # damaged pages, no UTF-8, dates beyond all years
+        message = f"this is a binary file (Parquet) that cannot be read: {(str(error).splitlines() or [repr(error)])[0]}"
         raise DataError("binary-file", message, number + 1) from None
+
+
+def _rows_of(batch: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a batch; where one of them cannot be read, those before it."""
+    try:
+        rows = batch.to_pylist()
+    except (OverflowError, ValueError):
+        rows = (batch.slice(at, 1).to_pylist()[0] for at in range(len(batch)))
+    yield from rows
 
 
 def _without_nulls(value: Any) -> Any:

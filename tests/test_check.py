@@ -205,6 +205,74 @@ def test_fix_keeps_the_layout_and_the_spelling_of_rows() -> None:
     assert Path("out.jsonl").read_text() == row + "\n"
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "out", "written"),
+    [
+        (
+            "a.tsv",
+            'prompt\tresponse\nq1, a\ta1\nq1, a\ta1\nq2\t\nq3\t"a3\nx"\n',
+            "out.tsv",
+            'prompt\tresponse\nq1, a\ta1\nq3\t"a3\nx"\n',
+        ),
+        ("a.tsv", "prompt\tresponse\nq1, a\ta1\nq1, a\ta1\n", "out.csv", 'prompt,response\n"q1, a",a1\n'),
+        ("a.csv", 'prompt,response\nq1,"a\rb"\n', "out.csv", 'prompt,response\nq1,"a\rb"\n'),
+        ("a.csv", "prompt,response\nq1,a1\n", "out", '{"prompt": "q1", "response": "a1"}\n'),
+        ("a.txt", "one\ntwo\n\none\ntwo\n", "out.txt", '{"text": "one\\ntwo"}\n'),
+        ("a.txt", "[Verse]\nand so on\n", "out", '{"text": "[Verse]"}\n{"text": "and so on"}\n'),
+    ],
+)
+def test_what_fix_writes_reads_back_as_the_rows_that_were_kept(name: str, content: str, out: str, written: str) -> None:
+    Path(name).write_bytes(content.encode())
+    said = check.fix([name], out)
+    assert Path(out).read_bytes().decode() == written
+    assert said.endswith(f"so {out} has JSON Lines") == written.startswith("{")
+    (kept,), (found,) = check.examine([out]), check.examine([name])
+    good = [row.item.value for row in found.rows if row.records]
+    assert [row.item.value for row in kept.rows] == [value for at, value in enumerate(good) if value not in good[:at]]
+
+
+LATE = "…and it also says that the third ship came late, and that the"
+
+
+def test_every_answer_of_a_row_is_looked_at() -> None:
+    several = {"question": "q", "human_answers": ["This is fine."], "chatgpt_answers": ["None", "null", LATE]}
+    refusal = "I'm sorry, but as an AI language model I cannot."
+    declined = {"question": "r", "human_answers": ["Yes."], "chatgpt_answers": [refusal, "是的。"]}
+    Path("a.jsonl").write_text("\n".join(map(json.dumps, [several, declined])))
+    Path("dev.jsonl").write_text(json.dumps({"question": "r", "human_answers": ["No."], "chatgpt_answers": ["yes."]}))
+    found = check.check(["a.jsonl"], dev=["dev.jsonl"])
+    assert [(p["file"], p["line"], p["kind"]) for p in found["problems"]] == [
+        ("a.jsonl", 1, "empty-answer"),
+        ("a.jsonl", 1, "truncated-answer"),
+        ("dev.jsonl", 1, "dev-overlap"),
+    ]
+    assert found["problems"][-1]["message"] == "the same row is trained on: a.jsonl:2"
+    assert "a.jsonl: answers that decline, as chat programs do: 1 (lines 2)" in found["notes"]
+    assert "a.jsonl: rows answered in another language or script than asked: 1 (lines 2)" in found["notes"]
+    assert [note for note in found["notes"] if "other-answer" in note] == [
+        "same-question-other-answer: 1 questions have more than one answer (a.jsonl:2 and dev.jsonl:1)"
+    ]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"instruction": "q", "output": "ok", "\\ud83d": 1}',
+        '{"instruction": "q", "output": "ok", "more": [{"\\uD83D": 1}]}',
+        '{"instruction": "q", "output": "ok", "\\ud83d": 1, "\\ud83d": 2}',
+        '{"messages": [{"role": "\\ud83d", "content": "q"}, {"role": "assistant", "content": "a"}]}',
+    ],
+)
+def test_half_a_surrogate_pair_is_told_at_its_line_and_can_be_printed(row: str) -> None:
+    Path("a.jsonl").write_text(
+        "\n".join([json.dumps(rows(1)[0]), row, '{"instruction": "\\ud83d\\ude00", "output": "b", "\\ud83d\\ude00": 1}'])
+    )
+    found = check.check(["a.jsonl"])
+    assert {(p["line"], p["level"]) for p in found["problems"]} >= {(2, "error")} and _is_refused("a.jsonl")
+    assert not [p for p in found["problems"] if p["line"] == 3 and p["level"] == "error"]
+    assert json.dumps(found, ensure_ascii=False).encode()
+
+
 @pytest.mark.parametrize("text", ["Voilà, ça marche : « CAFÉ » à 5 °C.", "NÃO É UM PROBLEMA", "Это русский текст.", "10 µm ± 0.5 Â", "<b>bold</b> & 3 < 4",
                                   "def f():\n    return 1", "#travel #Wanderlust", "· · · ····", "Good morning. My name is Li", "你好！很高兴认识你"])  # fmt: skip
 def test_good_text_is_not_called_damaged(text: str) -> None:
@@ -501,3 +569,33 @@ def test_a_run_file_is_no_plain_text() -> None:
     Path("run.yaml").write_text("model: a\ndata: a.json\n")
     with pytest.raises(UserError, match="run.yaml is a run file or a registry, no data; name the files"):
         check.check(["run.yaml"])
+
+
+def test_subfolders_that_are_left_out_are_told() -> None:
+    Path("data/more/deep").mkdir(parents=True)
+    Path("data/a.jsonl").write_text(json.dumps(rows(1)[0]))
+    assert not any("subfolders" in note for note in check.check(["data"])["notes"])
+    Path("data/more/deep/b.jsonl").write_text(json.dumps(rows(2)[1]))
+    told = "data: its subfolders are left out (more/deep/b.jsonl and all else there); 'data/**/*' takes them too"
+    assert told in check.check(["data"])["notes"] and check.check(["data/**/*"])["rows"] == 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[\n{},\n{}\n],\n{},\n{}\n]\n",
+        "[{}]\n{}\n{}\n{}\n",
+        "[{}][{}]\n[{},{}]",
+        "[{}, [{}, {}], {}]",
+        "[\n{},\n[{},\n{},\n{}\n]\n",
+        "[{},{},{},{}]]",
+    ],
+)
+def test_a_bracket_too_many_hides_no_row(content: str) -> None:
+    parts = content.split("{}")
+    made = [text for part, row in zip(parts, map(json.dumps, rows(4)), strict=False) for text in (part, row)]
+    Path("a.json").write_text("".join([*made, parts[-1]]))
+    found = check.check(["a.json"])
+    assert found["rows"] == 4 and {p["kind"] for p in found["problems"]} == {"malformed-json"}
+    assert check.fix(["a.json"], "out.json").startswith("4 rows in: 4 in out.json, 0 removed")
+    assert json.loads(Path("out.json").read_text(encoding="utf-8")) == rows(4)
