@@ -152,8 +152,6 @@ def _how(turn: Turn) -> dict[str, Any]:
 
 
 def _call(call: dict[str, Any]) -> dict[str, Any]:
-    if call.keys() - {"name", "arguments", "id"} or "name" not in call:
-        return call  # a shape of the chat template's own
     function = {"name": call["name"], "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
     return ({"id": call["id"]} if "id" in call else {}) | {"type": "function", "function": function}
 
