@@ -799,7 +799,7 @@ def _turn(message: Message) -> Turn:
 
 
 def _same(parts: list[Part], published: str) -> bool:
-    text = "".join(part.text for part in parts).replace(BREAK, "")
+    text = "".join(part.text if part.kind in ("text", "answer") else part.text.replace(BREAK, "") for part in parts)
     # A stop mark that the published template leaves out at the very end is ours (GLM-4 ends with its eos token).
     return text == published or (
         parts[-1].kind == "scaffold"

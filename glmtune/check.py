@@ -212,6 +212,8 @@ def _survey(checked: Checked) -> int:
         checked.reading = reading
     except DataError as error:
         checked.problems += [] if checked.problems else [problem_of(name, error)]
+    except UserError as error:  # of a registry's own `format`
+        raise UserError(source.origin + str(error).removeprefix(source.origin)) from None
     return count
 
 

@@ -188,6 +188,8 @@ class Stream:
                         yield Lot(number, name, [*rows.forms], held, done), partial(self._take, opened, last)
                 except DataError as error:
                     raise _refusal(name, rows, error) from None
+                except UserError as error:  # of a registry's own `format` or `tags`
+                    raise UserError(source.origin + str(error).removeprefix(source.origin)) from None
                 passed += sizes[path]
                 if left is not None:
                     left -= rows.count

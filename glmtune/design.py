@@ -366,6 +366,7 @@ class _Marks:
 
 _MARKS = {"zh": _Marks("，", "、", "：", "。", "（", "）"), "en": _Marks("; ", ", ", ": ", "", " (", ")")}
 _QUOTED = r'"(?:[^"\\]|\\.)*"'
+_OPEN = r'"(?:[^"\\]|\\[\s\S])*\\?\Z'  # a quote that never ends: it holds all the rest, which is then searched once only
 _SAY = {
     "en": {
         "lines": "Answer with one line for each {field}: {shape}",
@@ -578,7 +579,7 @@ def _json_parts(text: str, schema: Schema, design: Design) -> Iterator[tuple[Any
 
 def _text_parts(text: str, schema: Schema, design: Design) -> Iterator[tuple[Any, Any, str]]:
     marks, nothing = _marks(schema, design), schema.unmentioned.word
-    bracketed = re.compile(rf'(.*){re.escape(marks.open)}({_QUOTED}|[^"]*){re.escape(marks.close)}', re.DOTALL)
+    bracketed = re.compile(rf'(.*){re.escape(marks.open)}({_QUOTED}|[^"{marks.open.strip()}]*){re.escape(marks.close)}', re.DOTALL)
     body = text.removesuffix(marks.end)
     for part in _split(body, marks.field) if body != nothing else []:
         name, value = _split(part, marks.colon)  # ValueError where there are not two
@@ -597,7 +598,7 @@ def _text_parts(text: str, schema: Schema, design: Design) -> Iterator[tuple[Any
 def _split(text: str, mark: str) -> list[str]:
     """Cut at every mark that does not stand inside quotes."""
     pieces, start = [], 0
-    for found in re.finditer(f"{_QUOTED}|{re.escape(mark)}", text):
+    for found in re.finditer(f"{_QUOTED}|{_OPEN}|{re.escape(mark)}", text):
         if found[0] == mark:
             pieces.append(text[start : found.start()])
             start = found.end()
@@ -630,7 +631,9 @@ def _find(text: str, schema: Schema, design: Design) -> tuple[dict[str, Any], li
         else:
             raw[one.name] = value
 
-    for row in _objects(text):
+    objects, twice = _objects(text)
+    problems += [f"{key!r} stands twice: the first is taken" for key in twice]
+    for row in objects:
         in_columns = schema.names["field"] in row
         for word, value in [(row[schema.names["field"]], row.get(schema.names["value"]))] if in_columns else row.items():
             keep(word, value)
@@ -650,33 +653,59 @@ def _find(text: str, schema: Schema, design: Design) -> tuple[dict[str, Any], li
     return raw, problems
 
 
-def _objects(text: str) -> list[dict[str, Any]]:
-    """Every JSON object in a text, also where its quotes and commas are not quite JSON's."""
+def _objects(text: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """Every JSON object in a text, also where its quotes and commas are not quite JSON's; and the keys that one of them has twice."""
     mended = text.translate(str.maketrans("“”：，", '"":,'))
     mended = re.sub(r",\s*([}\]])", r"\1", mended if '"' in mended else mended.replace("'", '"'))
+    twice: list[str] = []
+
+    def first(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made: dict[str, Any] = {}
+        for key, value in pairs:
+            twice.extend([key] if key in made else [])
+            made.setdefault(key, value)
+        return made
+
+    decoder = json.JSONDecoder(object_pairs_hook=first)
     for candidate in (text, mended):
         found, position = [], 0
-        while (position := candidate.find("{", position)) >= 0:
+        while start := _BEGINS.search(candidate, position):
+            known, position = len(twice), start.start()
             try:
-                value, position = json.JSONDecoder().raw_decode(candidate, position)
+                value, position = decoder.raw_decode(candidate, position)
                 found.append(value)
-            except (ValueError, RecursionError):
+            except ValueError:
                 position += 1
+                del twice[known:]
+            except RecursionError:
+                break
         if found:
-            return found
-    return []
+            return found, twice
+    return [], []
+
+
+_BEGINS = re.compile(r'\{\s*["}]')  # an object, not one of many braces
 
 
 def _anchors(schema: Schema, design: Design) -> re.Pattern[str]:
     """A field's word and what leads from it to its value: a colon, a reason and a colon, the keys of a broken JSON object."""
     words = [word for one in schema.fields for word in (one.word, *one.also, *([] if one.labels else [str(one.number)]))]
-    either = "|".join(
-        (r"(?<![A-Za-z0-9_])" if word[0].isascii() else "") + re.escape(word) for word in sorted(words, key=len, reverse=True)
-    )
+    either = "|".join(map(_alone, sorted(words, key=len, reverse=True)))
     mark, reason, value = "[\"'“”*_`]*", re.escape(schema.names["reason"]), re.escape(schema.names["value"])
     keys = rf'(?:\s*[,，]\s*{mark}{reason}{mark}\s*[:：]\s*"[^"\n]*")?(?:\s*[,，]\s*{mark}{value}{mark})?'
-    verbs = r"|\s+is\b|是" if design.reasoning == "none" else ""
-    return re.compile(rf"(?P<field>{either}){mark}{keys}\s*(?:[（(][^\n]*?[)）])?(?:\s*[:：=]{verbs})", re.IGNORECASE)
+    verbs = r"|(?<=\s)is\b|是" if design.reasoning == "none" else ""
+    reason = rf"(?:\s*[（(][^\n]{{0,{_LONGEST}}}?[)）])?"
+    return re.compile(rf"(?P<field>{either}){mark}{keys}{reason}\s*(?:[:：=]{verbs})", re.IGNORECASE)
+
+
+_LONGEST = 1000  # characters of a reason that is looked for: without a bound, 20,000 open brackets would take minutes
+
+
+def _alone(word: str, behind: str = "A-Za-z0-9_") -> str:
+    """A pattern of a word that is no part of a longer one; of a number that is no part of another and has no minus before it."""
+    if re.fullmatch(r"-?\d+", word):
+        return rf"(?<![A-Za-z0-9_.−－–-])(?<!\d,){re.escape(word)}(?![A-Za-z0-9_]|[.,−－–-]\d)"
+    return (rf"(?<![{behind}])" if word[0].isascii() else "") + re.escape(word)
 
 
 def _tolerant(one: Field, raw: Any, schema: Schema, design: Design) -> str | list[str] | None:
@@ -685,22 +714,45 @@ def _tolerant(one: Field, raw: Any, schema: Schema, design: Design) -> str | lis
         return one.empty
     text = raw if isinstance(raw, str) else json.dumps(raw, ensure_ascii=False)
     if design.reasoning != "none" and isinstance(raw, str):  # the reason after the value
-        text = re.sub(rf"[（(].*[)）]|[,，]?\s*[\"“]{re.escape(schema.names['reason'])}[\"”].*", "", text, flags=re.DOTALL)
+        text = re.sub(r"\A([^（(]*)[（(].*[)）]", r"\1", text, flags=re.DOTALL)
+        text = re.sub(rf"[\"“]{re.escape(schema.names['reason'])}[\"”].*", "", text, flags=re.DOTALL)
     if not one.labels:
-        pieces = re.findall(rf"\s*(?:{_QUOTED}|“[^”]*”|'[^'\n]*')|[^,，、;；\[\]{{}}]+", text)
+        pieces = re.findall(rf"\s*(?:{_QUOTED}|“[^“”]*”|'[^'\n]*')|[^,，、;；\[\]{{}}]+", text)
         spans = raw if isinstance(raw, list) and all(isinstance(span, str) for span in raw) else [_clean(piece) for piece in pieces]
         return [span for span in spans if not _is_nothing(span, schema)]
     labels = [*one.labels, schema.unmentioned]
-    exact = _lookup(labels, _bare(text))
     words = sorted({word for label in labels for word in label.known_as()}, key=len, reverse=True)
+    text = text if any(_plain_numbers(word) != word for word in words) else _plain_numbers(text)
+    exact = _lookup(labels, _bare(text))
+    ends = r"(?![A-Za-z0-9_]|\.\d)"
     either = "|".join(
-        rf"(?<![A-Za-z0-9_-]){re.escape(word)}(?![A-Za-z0-9_]|\.\d)" if word.isascii() else re.escape(word) for word in words
+        (r"(?<!-\s)" if word[0].isdigit() else "") + _alone(word, "A-Za-z0-9_-") + (ends if word.isascii() else "")
+        for word in words
     )
-    said = {label.name: label for word in re.findall(either, text, re.IGNORECASE) if (label := _lookup(labels, word))}
+    said: dict[str, Word] = {}
+    end = 0
+    for found in re.finditer(either, text, re.IGNORECASE) if exact is None else []:
+        if _NOT.search(text[max(end, found.start() - 40) : found.start()]):
+            raise ValueError(f"{text.strip()!r} denies {found[0]!r}")
+        end = found.end()
+        said |= {label.name: label for label in [_lookup(labels, found[0])] if label}
     label = exact or (next(iter(said.values())) if len(said) == 1 else None)
     if label is None:
         raise ValueError(f"{text.strip()!r} names {'no label' if not said else 'several labels'}")
     return None if label is schema.unmentioned else label.name
+
+
+_NOT = re.compile(  # what denies the label that follows
+    r"(?:\b(?:not?|never|neither|nor|nothing|hardly|without|cannot)\b|n['’]t\b)[^,，;；。.!！?？:：\n]*\Z|(?:不(?!错)|[没无未]|非(?!常))\w{0,5}\Z",
+    re.IGNORECASE,
+)
+
+
+def _plain_numbers(text: str) -> str:
+    """Every minus as `-`, 1.0 as 1, .5 as 0.5."""
+    text = re.sub(r"[−－–](?=\s?[\d.])", "-", text)
+    text = re.sub(r"(?<!\d)\.(?=\d)", "0.", text)
+    return re.sub(r"(?<=\d)\.0+(?!\.?\d)", "", text)
 
 
 def _clean(piece: str) -> str:

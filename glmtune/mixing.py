@@ -12,6 +12,7 @@ from .records import Document, Preference
 from .sources import Source, share_of
 
 Row = TypeVar("Row", bound=Record)
+MOST = 50_000_000  # rows of an epoch that weights and shares may make: their order is held in memory
 
 
 def mix(counts: Sequence[int], sources: Sequence[Source], seed: int = 0, temperature: float = 1.0) -> list[int]:
@@ -30,13 +31,21 @@ def parts(counts: Sequence[int], sources: Sequence[Source], seed: int, temperatu
     """For every source the indices of its own rows, from 0; see `mix`."""
     shares = [share_of(source) for source in sources]
     sizes = [0.0 if share else count * source.weight for count, source, share in zip(counts, sources, shares, strict=True)]
-    total, powers = sum(sizes), [size ** (1 / temperature) for size in sizes]
+    total, taken = sum(sizes), sum(share or 0 for share in shares)
     if any(shares):
-        taken = sum(share or 0 for share in shares)
         if taken >= 1 or not total:
             what = f"the shares make {taken:g} of all rows" if taken >= 1 else "every source has a share"
             raise UserError(f"data: {what}; something must be left for a source without share")
         total /= 1 - taken
+    if not total <= max(MOST, sum(counts)):
+        size, count, source = max(zip(sizes, counts, sources, strict=True), key=lambda one: one[0])
+        why = f"{source.path} has {count:,} with weight {source.weight:g}" + (
+            f", and shares make {taken:.12g} of all" if taken else ""
+        )
+        raise UserError(
+            f"data: an epoch would have {total:,.15g} rows: {why}; the most is {MOST:,}: give smaller weights or shares"
+        )
+    powers = [size ** (1 / temperature) for size in sizes]
     made = []
     for count, source, share, size, power in zip(counts, sources, shares, sizes, powers, strict=True):
         passes = source.weight

@@ -5,14 +5,18 @@ Names come from the registry: data.yaml (or a LLaMA-Factory dataset_info.json), 
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import yaml
+
 from . import hub
 from .errors import UserError, did_you_mean
-from .reading import DataError, find_files, is_data_name, some
+from .reading import DataError, find_files, is_data_name, left_out, some
 
 
 class Source(Protocol):
@@ -49,6 +53,8 @@ class Entry:
     note: str | None = None
     tags: dict[str, str] | None = None  # what messages call their keys and roles, as in dataset_info.json
     refused: str | None = None  # why it cannot be used
+    sha1: str | None = None  # in place of sha256, as dataset_info.json has it
+    registry: str = ""  # the file that says so
 
 
 @dataclass(frozen=True)
@@ -65,17 +71,37 @@ class Found:
     share: float | None = None
     tags: dict[str, str] | None = None
     notes: list[str] = field(default_factory=list)
+    origin: str = ""  # where the registry speaks of it, for messages: "FILE: NAME: "
 
     def adapt(self, row: Any) -> Any:
         """A row with the usual names inside of its messages, where the registry says how they differ."""
-        key = (self.columns or {}).get("messages", "conversations")
-        if not self.tags or not isinstance(row, dict) or not isinstance(row.get(key), list):
+        if not self.tags or not isinstance(row, dict):
             return row
-        role, text = self.tags.get("role_tag", "from"), self.tags.get("content_tag", "value")
-        roles = {self.tags[tag]: name for tag, name in _ROLES.items() if tag in self.tags}
-        return {**row, key: [_untagged(message, role, text, roles) for message in row[key]]}
+        keys = {(self.columns or {}).get(name, usual) for name, usual in _TAGGED.items()}
+        return {key: self._untagged(value) if key in keys else value for key, value in row.items()}
+
+    def _untagged(self, value: Any) -> Any:
+        tags = self.tags or {}
+        role, text = tags.get("role_tag", "from"), tags.get("content_tag", "value")
+        if isinstance(value, list):
+            return [self._untagged(message) if isinstance(message, dict) else message for message in value]
+        if not isinstance(value, dict):
+            return value
+        if role not in value or text not in value:
+            if any(
+                {usual["role_tag"], usual["content_tag"]} <= value.keys() for usual in _USUAL
+            ):  # it would pass, and tags be idle
+                name, key = ("content_tag", text) if role in value else ("role_tag", role)
+                near = did_you_mean(key, value)
+                raise UserError(f"{self.origin}tags: {name} is '{key}', but a message has the keys {some(list(value))}{near}")
+            return value
+        roles = {tags[tag]: name for tag, name in _ROLES.items() if tag in tags}
+        rest = {key: one for key, one in value.items() if key not in (role, text)}
+        said = value[role]
+        return {"role": roles.get(said, said) if isinstance(said, str) else said, "content": value[text], **rest}
 
 
+_TAGGED = {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"}  # where messages stand, by columns
 _ROLES = {
     "user_tag": "user",
     "assistant_tag": "assistant",
@@ -88,14 +114,6 @@ _USUAL = [  # tags of rows that need no help
     {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt", **_SAME},
     {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant", **_SAME},
 ]
-
-
-def _untagged(message: Any, role: str, text: str, roles: dict[str, str]) -> Any:
-    if not isinstance(message, dict) or role not in message or text not in message:
-        return message
-    rest = {key: value for key, value in message.items() if key not in (role, text)}
-    said = message[role]
-    return {"role": roles.get(said, said) if isinstance(said, str) else said, "content": message[text], **rest}
 
 
 def find(
@@ -118,12 +136,13 @@ def _find(source: Source, known: Mapping[str, Entry], say: Callable[[str], None]
         entry = None
     if entry is None:
         files = _on_a_hub(source.path, source.path, say) if _is_id(source.path) else _here(source.path, known)
-        entry = Entry()
+        entry, notes = Entry(), [*notes, *left_out(source.path)]
     else:
         files = _of_entry(entry, source.path, scheme, say)
         notes += [f"{source.path}: {entry.note}"] if entry.note else []
-    if entry.sha256:
-        _check_sha256(source.path, files, entry.sha256)
+    for kind, wanted in (("sha256", entry.sha256), ("sha1", entry.sha1)):
+        if wanted:
+            _check_digest(source.path, files, kind, wanted)
     own = source.format is not None or source.columns is not None
     return Found(
         source.path,
@@ -136,6 +155,7 @@ def _find(source: Source, known: Mapping[str, Entry], say: Callable[[str], None]
         share_of(source),
         None if own else entry.tags,
         notes,
+        f"{entry.registry}: {name}: " if entry.registry and not own else "",
     )
 
 
@@ -180,17 +200,17 @@ def _of_entry(entry: Entry, shown: str, scheme: str, say: Callable[[str], None])
     return _on_a_hub(id, shown, say)
 
 
-def _check_sha256(shown: str, files: list[tuple[Path, str]], wanted: str) -> None:
+def _check_digest(shown: str, files: list[tuple[Path, str]], kind: str, wanted: str) -> None:
     if len(files) != 1:
-        raise UserError(f"the data set '{shown}' has {len(files)} files, and the registry one sha256; name one file")
-    digest = hashlib.sha256()
+        raise UserError(f"the data set '{shown}' has {len(files)} files, and the registry one {kind}; name one file")
+    digest = hashlib.new(kind)
     with open(files[0][0], "rb") as stream:
         while block := stream.read(1 << 20):
             digest.update(block)
     if digest.hexdigest() != wanted.lower():
         raise UserError(
-            f"{files[0][1]} is not the file that the registry means by '{shown}'\n"
-            f"its sha256 is {digest.hexdigest()}\nwanted          {wanted.lower()}"
+            f"{files[0][1]} is not the file that the registry means by '{shown}'; if it is the right one, mend the {kind} there\n"
+            f"its {kind} is {digest.hexdigest()}\nwanted{' ' * len(kind)}    {wanted.lower()}"
         )
 
 
@@ -208,71 +228,154 @@ def names(registry: str | Path | None = None) -> dict[str, Entry]:
 
 
 def read_registry(path: Path) -> dict[str, Entry]:
-    """{name: Entry} of a data.yaml, or of a dataset_info.json as LLaMA-Factory has it. Raises UserError by file and name."""
-    if path.suffix == ".json":
+    """{name: Entry} of a data.yaml, or of a dataset_info.json as LLaMA-Factory has it. What is wrong with one entry makes that one
+    `refused`, by file and name; raises UserError for what is wrong with the file."""
+    theirs = path.suffix == ".json"
+    tree, own = (_json(path) if theirs else _yaml(path)), (_of_llama_factory if theirs else _entry)
+    if not isinstance(tree, dict):
+        wanted = '`"name": {"file_name": "FILE"}`' if theirs else "`name: {path: FILE}` or `name: {hub: owner/name}`"
+        raise UserError(f"{path}: a registry of data sets holds {wanted}; this one is a {type(tree).__name__}")
+    found = {}
+    for name, given in tree.items():
         try:
-            tree = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path}: not valid JSON: {error}") from None
-        return {name: _of_llama_factory(f"{path}: {name}", entry, path.parent) for name, entry in _groups(path, tree)}
+            if not isinstance(given, dict):
+                raise UserError(f"wanted `name: {{path: FILE}}` or `name: {{hub: owner/name}}`, got {given!r:.99}")
+            found[str(name)] = replace(own(given, path.parent), registry=str(path))
+        except UserError as error:
+            found[str(name)] = Entry(refused=f"{path}: {name}: {error}", note=f"cannot be used: {error}")
+    return found
+
+
+def _json(path: Path) -> Any:
+    twice: list[str] = []
+
+    def made(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice.extend(_twice(name for name, _ in pairs))
+        return dict(pairs)
+
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=made)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    _refuse_twice(path, twice)
+    return tree
+
+
+def _yaml(path: Path) -> Any:
     from .options import read
 
-    return {name: _entry(f"{path}: {name}", entry, path.parent) for name, entry in _groups(path, read(path))}
+    nodes: dict[int, yaml.Node] = {}  # every one once, whatever refers to it
+    try:
+        with suppress(yaml.YAMLError, UnicodeDecodeError):  # `read` says what is wrong
+            top = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+            if isinstance(top, yaml.ScalarNode | yaml.SequenceNode):
+                return top.value
+            _collect(top, nodes)
+        maps = [node.value for node in nodes.values() if isinstance(node, yaml.MappingNode)]
+        _refuse_twice(path, [name for pairs in maps for name in _twice(str(key.value) for key, _ in pairs)])
+        return read(path)
+    except RecursionError:
+        raise UserError(f"{path}: not valid YAML: nested too deeply") from None
 
 
-def _groups(path: Path, tree: Any) -> list[tuple[str, dict[str, Any]]]:
-    for name, entry in tree.items() if isinstance(tree, dict) else [("the file", tree)]:
-        if not isinstance(entry, dict):
-            raise UserError(f"{path}: {name}: wanted `name: {{path: FILE}}` or `name: {{hub: owner/name}}`, got {entry!r}")
-    return [(str(name), entry) for name, entry in tree.items()]
+def _collect(node: Any, nodes: dict[int, Any]) -> None:
+    if isinstance(node, yaml.MappingNode) and id(node) not in nodes:
+        nodes[id(node)] = node
+        for _, value in node.value:
+            _collect(value, nodes)
 
 
-_KINDS: dict[str, tuple[type, ...]] = {"weight": (int, float), "max_samples": (int,), "columns": (dict,), "tags": (dict,)}
+def _twice(names: Iterable[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
-def _entry(where: str, given: dict[str, Any], folder: Path) -> Entry:
-    known = [one.name for one in fields(Entry) if one.name != "refused"]
+def _refuse_twice(path: Path, names: Sequence[str]) -> None:
+    if names:
+        raise UserError(f"{path}: '{names[0]}' is given twice, and one of them would be lost; remove or rename one")
+
+
+_TAGS = dict.fromkeys(["role_tag", "content_tag", *_ROLES], str)
+_MEDIA = ("images", "videos", "audios")
+_THEIR_COLUMNS = {  # -> ours
+    **{name: name for name in ("prompt", "response", "system", "history", "messages", "tools", "chosen", "rejected")},
+    "query": "input", "kto_tag": "label",
+}  # fmt: skip
+_OURS: dict[str, Any] = {
+    **dict.fromkeys(["path", "hub", "modelscope", "format", "sha256", "system", "licence", "note"], str),
+    "columns": dict.fromkeys([*_THEIR_COLUMNS.values(), "text", "weight"], str), "tags": _TAGS, "weight": float, "max_samples": int,
+}  # fmt: skip
+_THEIRS: dict[str, Any] = {
+    **dict.fromkeys(["file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name", "file_sha1"], str),
+    **dict.fromkeys(["formatting", "subset", "split", "folder"], str), "num_samples": int, "ranking": bool,
+    "columns": dict.fromkeys([*_THEIR_COLUMNS, *_MEDIA], str), "tags": _TAGS,
+}  # fmt: skip
+
+
+def _checked(given: dict[str, Any], known: Mapping[str, Any], place: str = "") -> dict[str, Any]:
+    """What is given and not null, all of it of the known names and kinds; a kind may be a group of names."""
+    made = {}
     for key, value in given.items():
         if key not in known:
-            raise UserError(f"{where}: unknown option '{key}'; options are {', '.join(known)}{did_you_mean(str(key), known)}")
-        kinds = _KINDS.get(key, (str,))
-        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
-            raise UserError(f"{where}: {key}: wanted {' or '.join(kind.__name__ for kind in kinds)}, got {value!r}")
-        if key in ("weight", "max_samples") and value is not None and value <= 0:
-            raise UserError(f"{where}: {key}: wanted more than 0, got {value!r}")
-    if not any(given.get(key) for key in ("path", "hub", "modelscope")):
-        raise UserError(f"{where}: needs path:, hub: or modelscope:; it has {some(list(given))}")
-    given = {key: value for key, value in given.items() if value is not None}
-    return Entry(**{**given, **({"path": _beside(folder, given["path"])} if "path" in given else {})})
+            raise UserError(f"{place}unknown option '{key}'; options are {', '.join(known)}{did_you_mean(str(key), known)}")
+        kind = dict if isinstance(known[key], dict) else known[key]
+        if value is None:
+            continue
+        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
+            raise UserError(f"{place}{key}: wanted {kind.__name__}, got {value!r:.99}")
+        if kind in (int, float) and not 0 < value < 2**63:
+            raise UserError(f"{place}{key}: wanted more than 0{' and finite' if value > 0 else ''}, got {value!r:.99}")
+        made[key] = _checked(value, known[key], f"{key}: ") if kind is dict else value
+    return made
+
+
+def _entry(given: dict[str, Any], folder: Path) -> Entry:
+    made = _checked(given, _OURS)
+    if not any(made.get(key) for key in ("path", "hub", "modelscope")):
+        raise UserError(f"needs path:, hub: or modelscope:; it has {some(list(given))}")
+    if "tags" in made and "columns" not in made:
+        made.setdefault("format", "sharegpt")  # messages stand under `conversations`
+    if "tags" in made and "messages" not in made.get("columns", {}) and ("columns" in made or made["format"] != "sharegpt"):
+        raise UserError("tags: say which key holds the messages: columns: {messages: KEY}")
+    return Entry(**{**made, **({"path": _beside(folder, made["path"])} if made.get("path") else {})})
 
 
 def _beside(folder: Path, path: str) -> str:
     return str(folder / Path(path).expanduser())  # an absolute path stays as it is
 
 
-_THEIR_COLUMNS = {"query": "input", "kto_tag": "label"}  # the others are called alike
-_MEDIA = ("images", "videos", "audios")
-
-
-def _of_llama_factory(where: str, given: dict[str, Any], folder: Path) -> Entry:
-    columns = {str(_THEIR_COLUMNS.get(name, name)): key for name, key in (given.get("columns") or {}).items() if key}
-    media = [name for name in _MEDIA if columns.pop(name, None)]
+def _of_llama_factory(given: dict[str, Any], folder: Path) -> Entry:
+    made = _checked(given, _THEIRS)
+    theirs = {name: key for name, key in made.get("columns", {}).items() if key}
+    media = [name for name in _MEDIA if name in theirs]
+    columns = {_THEIR_COLUMNS[name]: key for name, key in theirs.items() if name not in media}
     refused = f"it has {' and '.join(media)}, which glmtune does not read" if media else None
-    file, on_hf, on_ms = given.get("file_name"), given.get("hf_hub_url"), given.get("ms_hub_url")
+    if made.get("formatting", "alpaca") not in _FORMATTING:
+        near = did_you_mean(made["formatting"], _FORMATTING)
+        raise UserError(f"formatting: '{made['formatting']}' is not one of {', '.join(_FORMATTING)}{near}")
+    file, on_hf, on_ms = made.get("file_name"), made.get("hf_hub_url"), made.get("ms_hub_url")
     if not (file or on_hf or on_ms):
-        if "script_url" not in given:
-            raise UserError(f"{where}: needs file_name, hf_hub_url or ms_hub_url; it has {some(list(given))}")
+        if "script_url" not in made:
+            raise UserError(f"needs file_name, hf_hub_url or ms_hub_url; it has {some(list(given))}")
         refused = "it is a loading script, and code that came with data is never run"
-    parts = [str(given[name]) for name in ("folder", "subset", "split") if given.get(name)]
-    pick = ":" + (parts[0] if parts == [given.get("split")] else f"*{'*'.join(parts)}*") if parts else ""
-    tags = dict(given.get("tags") or {})
+    parts = [made[name] for name in ("folder", "subset", "split") if made.get(name)]
+    pick = ":" + (parts[0] if parts == [made.get("split")] else f"*{'*'.join(parts)}*") if parts else ""
+    tags = made.get("tags", {})
+    of_a_file = bool(file and not (on_hf or on_ms))
+    idle = ["om_hub_url", "script_url", "cloud_file_name"]
+    idle += ["folder", "subset", "split"] if of_a_file else ["file_name", "file_sha1"]
+    told = [name for name in idle if made.get(name)]
     return Entry(
-        path=_beside(folder, file) if file and not (on_hf or on_ms) else None,
+        path=_beside(folder, file) if file and of_a_file else None,
         hub=on_hf + pick if on_hf else None,
         modelscope=on_ms + pick if on_ms else None,
         columns=columns or None,
-        format="sharegpt" if given.get("formatting") == "sharegpt" and not columns else None,
-        max_samples=given.get("num_samples"),
+        format="sharegpt" if made.get("formatting") == "sharegpt" and not columns else None,
+        max_samples=made.get("num_samples"),
+        note=f"not used here: {', '.join(told)}" if told and not refused else None,
         tags=None if any(tags.items() <= usual.items() for usual in _USUAL) else tags,
         refused=refused,
+        sha1=made.get("file_sha1") if of_a_file else None,
     )
+
+
+_FORMATTING = ("alpaca", "sharegpt", "openai")

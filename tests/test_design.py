@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -263,6 +264,47 @@ def test_what_cannot_be_read_is_not_in_the_record():
     assert got.how == "soft"
     assert got.record == {"price": None, "place": "neutral"}
     assert [problem for problem in got.problems if "'excellent' names no label" in problem or "names several labels" in problem][1:]
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        *[(text, "positive") for text in ("1", "1.0", "+1", "1分", "1.", "good")],
+        *[(text, "negative") for text in ("-1", "−1", "－1", "–1", "-1.00", "it is −1")],
+        *[(text, "names no label") for text in ("1.5", ".1", "0.5", "10", "1,000", "0-1", "- 1", "− 1", "x-1", "1.0.1")],
+        *[(text, f"denies {word!r}") for text, word in {
+            "not positive": "positive", "isn't really good": "good", "no good": "good", "it is not 1": "1",
+            "不正面": "正面", "并没有那么正面": "正面", "不好评": "好评",
+        }.items()],
+        *[(text, "positive") for text in ("非常正面", "不错的正面", "positive, nothing else")],
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("labels", ["text", "number"])
+def test_a_label_is_read_only_where_it_is_said(value, wanted, labels):
+    got = parse(f"taste= {value}", EN, Design(labels=labels))
+    if wanted in ("positive", "negative"):
+        assert got.record["taste"] == wanted
+    else:
+        assert "taste" not in got.record and wanted in got.problems[1]
+
+
+def test_a_key_that_stands_twice_is_said():
+    text = '{"aspect": "taste", "sentiment": "positive", "sentiment": "negative"}'
+    got = parse(text, EN, Design(format="json"))
+    assert got.how == "soft" and got.record["taste"] == "positive"
+    assert "'sentiment' stands twice: the first is taken" in got.problems
+
+
+@pytest.mark.parametrize("piece", [" ", "{", "(", "taste (", '\\"', "“,", ',"', '{"a":', "not ", "1.0"])
+@pytest.mark.parametrize(
+    "one", [Design(), Design(labels="number", reasoning="r-cot"), Design(reasoning="cot"), Design(format="json")]
+)
+def test_a_long_answer_of_one_piece_is_read_in_little_time(piece, one):
+    began = time.process_time()
+    for schema, begin in ((EN, "taste"), (EN, "taste: "), (EN, '"'), (ENTITIES, "place: ")):
+        if schema.reasoning or one.reasoning == "none":
+            parse(f"{begin}{piece * (50_000 // len(piece))}x", schema, one)
+    assert time.process_time() - began < 12  # it would be minutes if it grew with the square
 
 
 @pytest.mark.parametrize("text", ["", "I cannot say.", "未提及", "{}", "[", "{" * 5000, "：：：", "null"])

@@ -3,8 +3,10 @@
 import gzip
 import hashlib
 import json
+import os
 import pickle
 import re
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +20,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from glmtune import blocks, check, data, forms, hub, reading, sources
+from glmtune import blocks, check, cli, data, forms, hub, reading, sources
 from glmtune.errors import UserError
 from glmtune.records import Conversation, Turn
 from glmtune.run import Source, load_run
@@ -103,6 +105,97 @@ def test_parquet_rows_have_their_number_and_no_nulls() -> None:
     check.fix(["b.parquet"], "clean.jsonl")
     assert answers(load("clean.jsonl")) == ["a0", "a1"]
     assert "that cannot be read" in error(write("c.parquet", Path("a.parquet").read_bytes()[:500]))
+
+
+def test_parquet_that_is_damaged_is_told_with_the_row_reached() -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = {"instruction": [f"q{i}" for i in range(9)], "output": ["a" * 99] * 9}
+    years = pyarrow.array([0] * 7 + [2**55] * 2, pyarrow.timestamp("ms"))
+    texts = pyarrow.array([b"q"] * 3 + [b"q\xff"] * 6)
+    bad_text = pyarrow.Array.from_buffers(pyarrow.string(), 9, texts.buffers())
+    for made, said in (
+        (pyarrow.table({**columns, "when": years}), "a.parquet:8: this is a binary file (Parquet) that cannot be read: "),
+        (
+            pyarrow.table({**columns, "instruction": bad_text}),
+            "a.parquet:4: this is a binary file (Parquet) that cannot be read: 'utf-8'",
+        ),
+        (
+            pyarrow.table([["q"], ["a"], ["b"]], ["instruction", "output", "output"]),
+            "a.parquet:1: two columns have the name 'output'",
+        ),
+    ):
+        parquet.write_table(made, "a.parquet")
+        assert said in error("a.parquet")
+    parquet.write_table(pyarrow.table(columns), "a.parquet", use_dictionary=False)
+    whole = Path("a.parquet").read_bytes()
+    for at in range(4, 200, 8):
+        write("a.parquet", whole[:at] + bytes(255 - byte for byte in whole[at : at + 8]) + whole[at + 8 :])
+        try:
+            load("a.parquet")
+        except UserError as caught:
+            assert "a.parquet:" in str(caught)
+    assert "this is a Parquet file packed with gzip; unpack it first" in error(write("b.parquet.gz", gzip.compress(whole)))
+
+
+def test_what_is_neither_a_file_nor_a_folder_is_refused_and_not_waited_for() -> None:
+    os.mkfifo("a.json")
+    assert "'a.json' is neither a file nor a folder (a pipe?); write what it gives to a file first" in error("a.json")
+
+
+def test_binary_files_are_not_called_utf_16() -> None:
+    with sqlite3.connect("a.json") as base:
+        base.execute("CREATE TABLE a (b)")
+    base.close()
+    assert "this is a binary file (SQLite)" in error("a.json")
+    assert "this is a binary file (zip or Excel)" in error(write("b.json", b"PK\x03\x04\x14" + bytes(99)))
+    for content in (b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x03\0>\0\x01\0\0\0" + bytes(400), bytes(99)):
+        assert "this is a binary file, not text" in error(write("b.json", content))
+    for encoding, said in (("utf-16", "UTF-16"), ("utf-16-be", "UTF-16BE"), ("utf-32", "UTF-32"), ("utf-32-le", "UTF-32LE")):
+        content = json.dumps(rows(2)).encode(encoding)
+        assert f"this is {said}, not UTF-8; convert it: iconv -f {said} -t UTF-8 c.json" in error(write("c.json", content))
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['"prompt, the";response\nq;a\n', 'sep=;\r\n"prompt, the";response\r\nq;a\r\n', 'sep=|\n"prompt, the"|response\nq|a\n', '\n"prompt, the"\tresponse\nq\ta\n'],
+)  # fmt: skip
+def test_what_separates_the_columns_of_csv_is_seen(content: str) -> None:
+    assert [item.value for item, _ in items("a.csv", content.encode())] == [{"prompt, the": "q", "response": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"prompt,response\rq,a\rq,b\r", "a.csv:1: the lines end with \\r alone (old Mac); wanted \\n: tr '\\r' '\\n' < FILE"),
+        (
+            b"prompt,response\nq,a\nq,b\rq,c\n",
+            "a.csv:3: broken CSV: new-line character seen in unquoted field (is a quote missing?)",
+        ),
+        ("问,response\n".encode("gbk") + b"q,a\n" * 20, "a.csv:1: the header has bytes that are not UTF-8"),
+    ],
+)
+def test_csv_that_cannot_be_read_says_why(content: bytes, said: str) -> None:
+    assert said in error(write("a.csv", content))
+
+
+def test_one_row_of_bad_bytes_does_not_spoil_a_short_file() -> None:
+    bad = '{"instruction": "你好", "output": "b"}\n'.encode("gbk")
+    for content in (lines(rows(1)) + bad, bad + lines(rows(4))):
+        found = [item for item, _ in items("a.jsonl", content)]
+        assert [item.kind for item in found if isinstance(item, reading.Broken)] == ["encoding-damage"]
+        assert len(found) == content.count(b"\n")
+    assert "convert it: iconv -f GB18030" in error(write("a.jsonl", bad)) and "iconv -f GB18030" in error(write("a.jsonl", bad * 2))
+
+
+@pytest.mark.parametrize("blanks", [b"\n\n", b"\n" + b" \r\n" * 100])
+def test_blank_lines_separate_texts_wherever_they_first_come(blanks: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", 256)
+    poem = b"a line of it\n" * 50
+    found = [item.value["text"] for item, _ in items("a.txt", b"\n\n" + poem.strip() + blanks + b"two\nlines" + b"\n" * 600)]
+    assert found == [poem.decode().strip(), "two\nlines"]
+    assert len(items("a.txt", b"\n\n" + poem + b"\n" * 600)) == 50
 
 
 def test_a_pattern_and_a_folder_give_data_files_in_order() -> None:
@@ -313,6 +406,12 @@ def test_weights_and_shares_make_an_epoch() -> None:
             mixed(*wrong, counts=[10] * len(wrong))
     with pytest.raises(UserError, match="share 0.01 leaves none of the 9 rows"):
         mixed({}, {"share": 0.01}, counts=[9, 9])
+    for amounts, said in (
+        ([{"weight": 1e9}], "2,000,000,000 rows: 0 has 2 with weight"),
+        ([{}, {"share": 1 - 1e-10}], "the most is"),
+    ):
+        with pytest.raises(UserError, match=said):
+            mixed(*amounts, counts=[2] * len(amounts))
     with pytest.raises(ValueError, match="weight and share exclude each other"):
         Source(path="a", weight=2, share=0.1)
 
@@ -377,11 +476,75 @@ def test_a_registry_may_stand_elsewhere_and_its_paths_are_its_own() -> None:
         ("a: {path: x, columns: q}", "data.yaml: a: columns: wanted dict, got 'q'"),
         ("a: {path: x, weight: 0}", "weight: wanted more than 0"),
         ("a: {note: x}", "a: needs path:, hub: or modelscope:"),
+        ("a: {path: x, weight: .inf}", "a: weight: wanted more than 0 and finite, got inf"),
+        ("a: {path: x, weight: .nan}", "a: weight: wanted more than 0, got nan"),
+        ("a: {path: x, max_samples: 1000000000000000000000}", "a: max_samples: wanted more than 0 and finite"),
+        ("a: {path: x, tags: {a: b}}", "a: tags: unknown option 'a'; options are role_tag"),
+        ("a: {path: x, tags: {role_tag: 1}}", "a: tags: role_tag: wanted str, got 1"),
+        ("a: {path: x, format: messages, tags: {role_tag: who}}", "a: tags: say which key holds the messages"),
+        ("a: {path: x, columns: {prmpt: q, response: a}}", "data.yaml: a: columns: unknown option 'prmpt'"),
+        ("a: {path: x, columns: {prompt: 3, response: a}}", "data.yaml: a: columns: prompt: wanted str, got 3"),
+        ("a: {path: x}\nb: {path: y}\na: {path: z}", "data.yaml: 'a' is given twice"),
+        ("a: {path: x, path: y}", "data.yaml: 'path' is given twice"),
+        ("[1]", "data.yaml: a registry of data sets holds `name: {path: FILE}`"),
+        ("[" * 100_000, "data.yaml: not valid YAML: nested too deeply"),
     ],
 )
 def test_a_wrong_registry_is_told_by_name(text: str, said: str) -> None:
     write("data.yaml", text.encode())
-    assert said in error("a")
+    assert said in error("a") and error("a").count("\n") < 3
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ("a.json", "wanted `name: "),
+        ({"columns": ["a"]}, "columns: wanted dict, got ['a']"),
+        ({"columns": {"prmpt": "a"}}, "columns: unknown option 'prmpt'; options are prompt"),
+        ({"columns": {"prompt": 5}}, "columns: prompt: wanted str, got 5"),
+        ({"tags": ["a"]}, "tags: wanted dict"),
+        ({"tags": {"roletag": "a"}}, "did you mean 'role_tag'?"),
+        ({"file_name": 5}, "file_name: wanted str, got 5"),
+        ({"file_name": ["a"]}, "file_name: wanted str"),
+        ({"hf_hub_url": 5}, "hf_hub_url: wanted str"),
+        ({"num_samples": "2"}, "num_samples: wanted int, got '2'"),
+        ({"num_samples": 0}, "num_samples: wanted more than 0, got 0"),
+        ({"num_samples": -1}, "num_samples: wanted more than 0, got -1"),
+        ({"formatting": "sharegtp"}, "formatting: 'sharegtp' is not one of alpaca, sharegpt, openai; did you mean 'sharegpt'?"),
+        ({"formating": "alpaca"}, "unknown option 'formating'"),
+        ({"ranking": "yes"}, "ranking: wanted bool"),
+    ],
+)  # fmt: skip
+def test_a_wrong_entry_of_dataset_info_breaks_its_own_name_only(entry: object, said: str, capsys: pytest.CaptureFixture) -> None:
+    write("a.json", rows(2))
+    whole = {"file_name": "a.json", **entry} if isinstance(entry, dict) else entry
+    write("info.json", json.dumps({"x": whole, "good": {"file_name": "a.json"}}).encode())
+    assert len(load("good", registry="info.json").rows) == 2
+    message = error("x", registry="info.json")
+    assert "info.json: x: " in message and said in message
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["data", "list", "--registry", "info.json"])
+    listed = capsys.readouterr().out
+    assert not stopped.value.code and "\ngood " in listed and "cannot be used: " in listed and said in listed
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"x": {"file_name": "a.json"}, "x": {"file_name": "b.json"}}', "'x' is given twice"),
+        ('{"x": {"columns": {"prompt": "a", "prompt": "b"}}}', "'prompt' is given twice"),
+        ("[1]", 'a registry of data sets holds `"name": {"file_name": "FILE"}`; this one is a list'),
+        ("[" * 100_000, "not valid JSON"),
+    ],
+)
+def test_a_wrong_dataset_info_is_told(text: str, said: str) -> None:
+    write("info.json", text.encode())
+    message = error("x", registry="info.json")
+    assert message.startswith("info.json: ") and said in message
+
+
+def test_names_of_columns_are_those_that_forms_know() -> None:
+    assert {*sources._OURS["columns"]} == {*forms.COLUMNS}
 
 
 def test_sha256_is_held_to() -> None:
@@ -392,6 +555,11 @@ def test_sha256_is_held_to() -> None:
     write("a.jsonl", rows(3))
     other = hashlib.sha256(lines(rows(3))).hexdigest()
     assert digest in error("a") and other in error("a") and error("a").count("\n") == 2
+    sha1 = hashlib.sha1(lines(rows(3))).hexdigest()
+    theirs = {name: {"file_name": "a.jsonl", "file_sha1": given} for name, given in (("good", sha1), ("wrong", "0" * 40))}
+    write("info.json", json.dumps(theirs).encode())
+    assert len(load("good", registry="info.json").rows) == 3
+    assert f"its sha1 is {sha1}\nwanted        {'0' * 40}" in error("wrong", registry="info.json")
 
 
 def test_dataset_info_of_llama_factory_is_read() -> None:
@@ -438,6 +606,24 @@ def test_dataset_info_of_llama_factory_is_read() -> None:
         "a/b:*en*train*",
     )
     assert "belle_1m" in known
+
+
+def test_tags_are_those_of_the_answers_to_choose_from_too_and_must_be_there() -> None:
+    tags = {"role_tag": "speaker", "content_tag": "utt", "user_tag": "U", "assistant_tag": "B"}
+    answers = [{"speaker": "B", "utt": "yo"}, {"speaker": "B", "utt": "no"}]
+    entry = {"formatting": "sharegpt", "columns": {"messages": "conv", "chosen": "good", "rejected": "bad"}, "tags": tags}
+    for name, (good, bad) in (("one", answers), ("list", [[answer] for answer in answers])):
+        write(f"{name}.jsonl", [{"conv": [{"speaker": "U", "utt": "hi"}], "good": good, "bad": bad}])
+        write("info.json", json.dumps({name: {**entry, "file_name": f"{name}.jsonl", "ranking": True, "split": "train"}}).encode())
+        loaded = load(name, registry="info.json", want="preferences")
+        row = loaded.rows[0]
+        assert (row.turns[0].text, row.chosen.text, row.rejected.text) == ("hi", "yo", "no")
+        assert loaded.notes[0] == f"{name}: not used here: split"
+    write("a.jsonl", [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}])
+    for tag, key, near in (("role_tag", "rolee", "; did you mean 'role'?"), ("content_tag", "what", "")):
+        usual = {"role_tag": "role", "content_tag": "content", tag: key}
+        write("data.yaml", json.dumps({"a": {"path": "a.jsonl", "columns": {"messages": "messages"}, "tags": usual}}).encode())
+        assert error("a") == f"data.yaml: a: tags: {tag} is '{key}', but a message has the keys ['role', 'content']{near}"
 
 
 def test_the_shipped_registry_is_sound() -> None:
@@ -564,3 +750,24 @@ def test_a_copy_in_the_cache_does_without_the_hub(a_hub, monkeypatch) -> None:
     heard: list[str] = []
     assert len(load("a/b", say=heard.append).rows) == 3
     assert "using the complete copy in the cache" in heard[-1]
+
+
+def test_an_unknown_format_of_a_registry_names_registry_and_entry(tmp_path, monkeypatch):
+    from glmtune import check, data
+
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text('{"instruction": "q", "output": "a"}\n')
+    Path("data.yaml").write_text("mine: {path: a.jsonl, format: alpacca}\n")
+    for use in (lambda: data.load([Source(path="mine")]), lambda: check.check(["mine"])):
+        with pytest.raises(UserError, match=r"^data\.yaml: mine: .*alpacca"):
+            use()
+
+
+def test_subfolders_that_are_left_out_are_told_before_training(tmp_path):
+    from glmtune import data
+
+    (tmp_path / "rows" / "more").mkdir(parents=True)
+    for name in ("rows/a.jsonl", "rows/more/b.jsonl"):
+        (tmp_path / name).write_text('{"instruction": "q", "output": "a"}\n')
+    notes = data.load([Source(path=str(tmp_path / "rows"))]).notes
+    assert [note for note in notes if "subfolders are left out (more/b.jsonl" in note]
