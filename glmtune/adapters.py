@@ -313,8 +313,7 @@ def _sizes(adapter: Adapter) -> tuple[int, float, dict[str, int], dict[str, floa
     """The usual rank and alpha, and those of each layer."""
     ranks = {name: layer.rank for name, layer in adapter.layers.items()}
     alphas = {name: _alpha(layer, adapter.rslora) for name, layer in adapter.layers.items()}
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    return rank, alpha, ranks, alphas
+    return Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0], ranks, alphas
 
 
 # --- writing ------------------------------------------------------------------------------------------------------------
