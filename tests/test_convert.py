@@ -12,6 +12,8 @@ from glmtune.chat import align
 from glmtune.errors import UserError
 from glmtune.records import Example
 
+from . import tiny
+
 
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +143,13 @@ def test_what_has_no_place_is_an_error_and_nothing_is_written() -> None:
 
 
 @pytest.mark.parametrize("to", ["messages", "sharegpt"])
-@pytest.mark.parametrize("name", ["alpaca_zh.json", "dpo_en.json", "kto_en.json", "toolcall_en.json", "toolcall_zh.json"])
+@pytest.mark.parametrize(
+    "name",
+    tiny.slow_but(
+        ["kto_en.json", "toolcall_zh.json"],
+        ["alpaca_zh.json", "dpo_en.json", "kto_en.json", "toolcall_en.json", "toolcall_zh.json"],
+    ),
+)
 def test_real_files_keep_every_row(name: str, to: str, shared: Path) -> None:
     file = shared / "data" / name
     convert.convert([file], to, "out.jsonl")

@@ -128,7 +128,7 @@ def test_a_learned_prefix_in_the_cache_gives_the_published_logits(golden: Golden
         assert (out.logits - golden.tensors[f"ptuning_proj{number}.{name}.logits"])[valid].abs().max() <= 2e-5
 
 
-@pytest.fixture(scope="module", params=["chatglm1", "chatglm2", "chatglm3", "glm4"])
+@pytest.fixture(scope="module", params=tiny.slow_but(["chatglm1", "chatglm3"], ["chatglm1", "chatglm2", "chatglm3", "glm4"]))
 def recorded(request: pytest.FixtureRequest, goldens: Path) -> tuple[str, dict[str, Any], Any, Any]:
     """(family, recorded facts, tokenizer, template) of a published tokenizer."""
     folder = goldens.parent / "tokenizers" / request.param
@@ -182,7 +182,9 @@ def made(tmp_path_factory: pytest.TempPathFactory):
 QUESTION = [{"role": "user", "content": "Where is the cat? 你好\n  in  the sea"}]
 
 
-@pytest.mark.parametrize("name", published.FAMILIES)
+@pytest.mark.parametrize(
+    "name", tiny.slow_but(["chatglm-6b", "chatglm3-6b", "internlm2-chat-7b", "baichuan2-13b-chat"], published.FAMILIES)
+)
 def test_trained_merged_exported_reloaded_and_asked(name: str, made, tmp_path: Path):
     folder = made(name)
     rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.rows(6, 2))

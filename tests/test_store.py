@@ -123,7 +123,7 @@ FILES: dict[str, tuple[list[list[str]], dict[str, Any]]] = {  # lines of every f
 }
 
 
-QUICK = ("blank lines and an array", "rows of several answers", "at most 25", "broken in the middle", "columns that come late")
+QUICK = ("rows of several answers", "columns that come late")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FILES])

@@ -101,7 +101,10 @@ def test_the_cut_into_micro_batches_changes_nothing(tiny_model, rows_file, tmp_p
 
 @pytest.mark.parametrize(
     "more",
-    [[], ["method=full", "optim.lr=1e-3"], ["method.dropout=0.2"], ["precision=bf16"]],
+    tiny.slow_but(
+        [["method=full", "optim.lr=1e-3"], ["method.dropout=0.2"]],
+        [[], ["method=full", "optim.lr=1e-3"], ["method.dropout=0.2"], ["precision=bf16"]],
+    ),
     ids=["lora", "full", "dropout", "bf16"],
 )
 def test_interrupted_and_resumed_is_bit_identical(tiny_model, rows_file, tmp_path, more):
@@ -174,7 +177,10 @@ def test_a_damaged_checkpoint_is_passed_over(tiny_model, rows_file, tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"step": "x"}, {"step": -1}, {"step": 4}, {"files": []}, {"files": {}}, {"numbers": 5}, {"scale": None}, None],
+    tiny.slow_but(
+        [{"step": -1}, None],
+        [{"step": "x"}, {"step": -1}, {"step": 4}, {"files": []}, {"files": {}}, {"numbers": 5}, {"scale": None}, None],
+    ),
     ids=["word", "negative", "other step", "list", "no files", "number", "null", "no object"],
 )
 def test_a_checkpoint_that_makes_no_sense_is_passed_over(tiny_model, rows_file, tmp_path, change):

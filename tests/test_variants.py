@@ -270,7 +270,7 @@ def resumed(run: Any, out: Path, step: int) -> Path:
     return out
 
 
-QUICK = ("dora", "modules", "neftune, dropout", "freeze bf16", "8 bits", "adafactor", "fp16", "prefix, projection")
+QUICK = ("modules", "neftune, dropout", "8 bits", "fp16", "prefix, projection")
 
 
 @pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RUNS])
@@ -520,7 +520,12 @@ def test_a_model_published_packed_is_trained_and_used_so(bits: int, rows_file: P
         assert isinstance(packed.chat("Where is the cat?", max_new_tokens=2), str)
 
 
-@pytest.mark.parametrize("name", ["neftune, dropout", "dora", "prefix, projection", "freeze", "fp16, growing scale"])
+@pytest.mark.parametrize(
+    "name",
+    tiny.slow_but(
+        ["neftune, dropout", "dora"], ["neftune, dropout", "dora", "prefix, projection", "freeze", "fp16, growing scale"]
+    ),
+)
 def test_the_cut_into_micro_batches_changes_nothing(name: str, tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
     made = []
     for micro in (40, 4000):

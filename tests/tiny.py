@@ -1,9 +1,11 @@
 """Tiny models with a byte-level tokenizer, made on the spot: seconds, no network, no weights in the repository."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
@@ -104,3 +106,8 @@ def rows(count: int, turns: int = 1) -> list[dict[str, Any]]:
 def write_rows(path: Path, items: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items), encoding="utf-8")
     return path
+
+
+def slow_but(quick: Collection[Any], values: Iterable[Any]) -> list[Any]:
+    """Cases of a test, all slow but some: those run in `make test`, all in `make test-all`."""
+    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
