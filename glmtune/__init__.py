@@ -9,6 +9,8 @@ from .autoload import watch
 # Threads that wait by spinning starve each other when the machine is shared: the same run took 24 s asleep and 317 s spinning (LOG.md).
 # OpenMP reads this when torch is loaded, so it must be set before.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# oneDNN keeps what it made for each shape of a product, 1024 of them: micro-batches differ in length, and a run grew by half a gigabyte (LOG.md).
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 # transformers may load bitsandbytes behind our back; it then tells everybody about a faster kernel of Intel's.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
