@@ -30,6 +30,7 @@ FOREIGN = (
     "alora_invocation_tokens", "arrow_config", "monteclora_config",
 )  # fmt: skip
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+READS = ("LORA", "PREFIX_TUNING")  # peft_type of the files that are read here
 CHANGED_BASES = ("pissa", "olora", "corda", "loftq")  # these beginnings of LoRA change the base's weights too
 
 
@@ -111,7 +112,7 @@ def open_folder(path: str | Path) -> tuple[Path, dict[str, Any], dict[str, Tenso
             f"{folder} holds no adapter_config.json, which names rank, alpha and layers; copy it from where the adapter was trained. "
             f"(A prefix of the published scripts has none: glmtune import){_there(folder)}"
         )
-    if config.get("peft_type") not in ("LORA", "PREFIX_TUNING"):
+    if config.get("peft_type") not in READS:
         raise UserError(
             f"{folder / 'adapter_config.json'}: its peft_type is {config.get('peft_type')}; LoRA (also DoRA, rsLoRA, modules_to_save) and "
             "prefix adapters can be read"
@@ -288,14 +289,17 @@ def listed(wrong: Sequence[str]) -> str:
     return "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
 
 
-def options_of(path: str | Path) -> dict[str, Any]:
-    """What an adapter says of the options of run.Lora or run.Prefix; layers by their full names. Raises UserError as `open_folder` and `lora`."""
-    folder, config, tensors = open_folder(path)
-    if config["peft_type"] == "PREFIX_TUNING":
-        first = next(iter(tensors.values()))
-        rows = next((tensor for name, tensor in tensors.items() if name.endswith(("embedding.weight", "prompt_embeddings"))), first)
-        return {"num_virtual_tokens": len(rows), "projection": any(".trans." in name for name in tensors)}
-    held = lora(folder, config, tensors)
+def prefix_options(path: str | Path) -> dict[str, Any]:
+    """What a prefix says of the options of run.Prefix. Raises UserError as `open_folder`."""
+    _, _, tensors = open_folder(path)
+    first = next(iter(tensors.values()))
+    rows = next((tensor for name, tensor in tensors.items() if name.endswith(("embedding.weight", "prompt_embeddings"))), first)
+    return {"num_virtual_tokens": len(rows), "projection": any(".trans." in name for name in tensors)}
+
+
+def lora_options(path: str | Path) -> dict[str, Any]:
+    """What a LoRA adapter says of the options of run.Lora; layers by their full names. Raises UserError as `read`."""
+    held = read(path)
     rank, alpha, ranks, alphas = _sizes(held)
     return {
         "rank": rank,

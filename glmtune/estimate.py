@@ -5,12 +5,13 @@ bench/memory.py compares it with measured peaks (bench/results/memory.txt). Noth
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .method import METHODS, lora_size, trains_base
 
 GB = 1e9
 PROGRAM = 0.42 * GB  # Python, torch, transformers and the rows: resident with a model loaded, less its weights
@@ -59,7 +60,7 @@ class Shape:
 class Setting:
     """How a run is carried out, as far as its needs depend on it."""
 
-    method: str  # lora | prefix | freeze | full
+    method: str  # its kind, as in method.METHODS
     precision: str
     quant: str | None = None
     optimizer: str = "adamw"
@@ -74,22 +75,15 @@ class Setting:
     cpu: bool = True  # tensors live in the C library's heap
 
 
-def lora_parameters(shapes: dict[str, list[int]], ranks: dict[str, int], shared: Sequence[Sequence[str]] = ()) -> int:
-    """Trainable parameters of LoRA on these layers: rank * (in + out) each. `shared`: layers that have one A together."""
-    once = sum(ranks[name] * shapes[f"{name}.weight"][1] for group in shared for name in group[1:])
-    return sum(rank * sum(shapes[f"{name}.weight"]) for name, rank in ranks.items()) - once
-
-
 def memory(shape: Shape, how: Setting) -> dict[str, float]:
     """Bytes by purpose, at the moment of the peak: in the backward pass of the largest micro-batch."""
     stored = BYTES[how.precision]
-    added = how.method in ("lora", "prefix")  # parameters beside the model's own
-    if how.method == "full":
+    if METHODS[how.method].whole:
         weights = 4.0 * shape.parameters
     else:
         packed = PACKED[how.quant] if how.quant else stored
         weights = packed * shape.linear + stored * (shape.parameters - shape.linear)
-        weights += 4.0 * shape.trainable if added else (4.0 - stored) * shape.trainable
+        weights += ((4.0 - stored) if trains_base(how.method) else 4.0) * shape.trainable
     return {
         "weights": weights,
         "gradients": 4.0 * shape.trainable,
@@ -102,47 +96,38 @@ def memory(shape: Shape, how: Setting) -> dict[str, float]:
 def _activations(shape: Shape, how: Setting) -> float:
     """Of one micro-batch. What is kept was counted storage by storage (torch.autograd.graph.saved_tensors_hooks)."""
     d, q, k, f = shape.hidden, shape.queries, shape.keys, shape.inner
+    once = 0.0
     if how.fused:  # fp32 the block's input and its middle; in storage dtype q, k, v, attention's output, gate and up
         layer, passing = 8.0 * d + BYTES[how.precision] * (2 * q + 2 * k + 2 * f), 4.0 * (4 * d + 3 * f)
     else:
-        layer, passing = _kept_by_modules(shape, how), 4.0 * (4 * d + 4 * q + 4 * f)  # passing: made and dropped within a block
+        more, once = METHODS[how.method].activations(shape, how)
+        layer, passing = (
+            _kept_by_modules(shape, how) + more,
+            4.0 * (4 * d + 4 * q + 4 * f),
+        )  # passing: made and dropped within a block
     if how.quant:  # the backward of a packed product: its sum in fp32, a piece's product, the sum cast (quant._Product)
         passing += 8 * f
     whole = layer * shape.layers * how.depth
     kept = 4.0 * d * shape.layers + layer if how.checkpointing else whole  # the inputs of all blocks, and one block whole
-    live, made = (how.tokens * (size + passing) + _casts(shape, how) for size in (kept, whole))
+    live, made = (how.tokens * (size + passing) + once for size in (kept, whole))
     holes = HOLES * made if how.cpu and 4 * how.tokens * f < MAPPED else 0.0
     return live + holes + LOGITS * shape.vocab * 4.0  # logits are large enough to be mapped by themselves
 
 
 def _kept_by_modules(shape: Shape, how: Setting) -> float:
-    """Bytes a token that autograd keeps of a Llama-shaped block. Widths as above: d, q (all query heads), k (all key heads), f."""
-    d, q, k, f = shape.hidden, shape.queries, shape.keys, shape.inner
+    """Bytes a token that autograd keeps of a Llama-shaped block with frozen weights. Widths: d, q (all query heads), f."""
+    d, q, f = shape.hidden, shape.queries, shape.inner
     # Inputs of both norms; q, repeated k and v, attention's output (o reads it where it is); gate, its silu, up: all fp32.
     layer = 4.0 * (2 * d + 4 * q + 3 * f)
     if how.tokens > how.longest:  # several rows, of different lengths: each layer makes their mask [rows, 1, S, S] fp32
         layer += 4.0 * how.longest
-    if how.method == "lora" and how.dropout:  # each adapter (q, k, v, gate, up; o; down) keeps its own x and the scale it was given
-        layer += 2 * 4.0 * (5 * d + q + f)
-    elif how.method == "lora":  # what A reads: one x for layers with the same input, o's is there already
-        layer += 4.0 * (2 * d + f)
-    if how.dora:  # y of every layer before it is brought to its length
-        layer += 4.0 * (2 * d + q + 2 * k + 2 * f)
-    if how.method in ("freeze", "full"):  # the normed x for the norms' weights; what the others read, 16 bits cast for each
-        layer += 4.0 * 2 * d + (4.0 * (2 * d + f) if how.precision == "fp32" else 2.0 * (5 * d + q + f))
     return layer
-
-
-def _casts(shape: Shape, how: Setting) -> float:
-    """Trained weights are fp32 and cast for their products; the casts are kept for the backward (checkpointing: those of one block)."""
-    if how.method not in ("freeze", "full") or how.precision == "fp32":
-        return 0.0
-    return 2.0 * shape.linear * (1 / shape.layers if how.checkpointing else how.depth)
 
 
 def flops(shape: Shape, how: Setting, tokens: float, learned: float) -> float:
     """Of one pass over `tokens`: forward, and backward through everything above the lowest trained place (2 a weight and token each)."""
-    per_weight = 2 + 2 * how.depth + (2 * how.depth if how.method in ("freeze", "full") else 0) + (2 if how.checkpointing else 0)
+    trained = min(how.depth, shape.trainable / max(1, shape.linear)) if trains_base(how.method) else 0.0
+    per_weight = 2 + 2 * how.depth + 2 * trained + (2 if how.checkpointing else 0)
     attention = 12 * shape.queries * shape.layers * min(how.longest, 4096) / 2
     return tokens * (per_weight * shape.linear + attention) + learned * 6 * shape.vocab * shape.hidden
 
@@ -202,7 +187,7 @@ def _smaller(shape: Shape, how: Setting) -> Iterator[tuple[str, tuple[Shape, Set
         said.append(text)
         return " ".join(said), (shape, other)
 
-    if how.optimizer == "adamw" and how.method in ("freeze", "full"):
+    if how.optimizer == "adamw" and trains_base(how.method):
         how = replace(how, optimizer="adamw8bit")
         yield step("optim=adamw8bit", shape, how)
     if how.tokens > how.longest:
@@ -211,10 +196,10 @@ def _smaller(shape: Shape, how: Setting) -> Iterator[tuple[str, tuple[Shape, Set
     if not how.checkpointing:
         how = replace(how, checkpointing=True, fused=False)
         yield step("checkpointing=true", shape, how)
-    if how.precision == "fp32" and how.method != "full":
+    if how.precision == "fp32" and not METHODS[how.method].whole:
         how = replace(how, precision="bf16")
         yield step("precision=bf16", shape, how)
-    if how.method in ("freeze", "full"):
+    if trains_base(how.method):
         how = replace(how, method="lora", precision="bf16", optimizer="adamw", depth=1.0)
         shape = replace(shape, trainable=lora_size(shape))
         said[:] = [text for text in said if not text.startswith(("optim=", "precision="))]
@@ -229,9 +214,10 @@ def _smaller(shape: Shape, how: Setting) -> Iterator[tuple[str, tuple[Shape, Set
         yield " ".join([*said, f"max_length={half} too_long=skip optim.micro_tokens={half}"]), (shape, how)
 
 
-FITS = (  # what people try, from the most to the least demanding
-    ("full", None, False), ("full", None, True), ("freeze", None, True), ("lora", None, False), ("lora", None, True), ("prefix", None, True),
-    ("lora", "int8", True), ("lora", "nf4", False), ("lora", "nf4", True),
+FITS = (  # what people try, from the most to the least demanding: method, quant, optimizer, checkpointing
+    ("full", None, "adamw", False), ("full", None, "adamw8bit", True), ("freeze", None, "adamw", True), ("lora", None, "adamw", False),
+    ("lora", None, "adamw", True), ("prefix", None, "adamw", True), ("lora", "int8", "adamw", True), ("lora", "nf4", "adamw", False),
+    ("lora", "nf4", "adamw", True),
 )  # fmt: skip
 LENGTHS = (8192, 4096, 2048, 1024, 512, 256, 128)
 
@@ -241,26 +227,19 @@ def fitting(shape: Shape, available: float, reads: int | None = None) -> list[di
 
     reads: the model's positions, where they are known. On a card: a CPU needs more, for its heap has holes."""
     found, lengths = [], sorted({min(n, reads or n) for n in LENGTHS}, reverse=True)
-    for method, quant, checkpointing in FITS:
-        trained = {"full": shape.parameters, "freeze": 3 * shape.linear // shape.layers, "prefix": 128 * shape.layers * shape.keys}
-        own = replace(shape, trainable=trained.get(method) or lora_size(shape))
-        optimizer = "adamw8bit" if method == "full" and checkpointing else "adamw"
-        base = Setting(
-            method,
-            "bf16",
-            quant,
-            optimizer,
-            checkpointing=checkpointing,
-            depth=3 / shape.layers if method == "freeze" else 1.0,
-            cpu=False,
-        )
+    for kind, quant, optimizer, checkpointing in FITS:
+        usual = METHODS[kind].usual
+        assert usual is not None
+        trainable, depth = usual(shape)
+        own = replace(shape, trainable=trainable)
+        base = Setting(kind, "bf16", quant, optimizer, checkpointing=checkpointing, depth=depth, cpu=False)
 
         def need(length: int, rows: int, base: Setting = base, own: Shape = own) -> float:
             return sum(memory(own, replace(base, tokens=length * rows, longest=length, learned=length * rows)).values())
 
         length = next((n for n in lengths if need(n, 1) <= available), None)
         row: dict[str, Any] = {
-            "method": method,
+            "method": kind,
             "quant": quant,
             "optimizer": optimizer,
             "checkpointing": checkpointing,
@@ -273,12 +252,6 @@ def fitting(shape: Shape, available: float, reads: int | None = None) -> list[di
             row["gb"] = round(need(lengths[-1], 1) / GB, 2)
         found.append(row)
     return found
-
-
-def lora_size(shape: Shape, rank: int = 8) -> int:
-    """Of LoRA on every linear layer of Llama-shaped blocks."""
-    d, q, k, f = shape.hidden, shape.queries, shape.keys, shape.inner
-    return rank * shape.layers * ((d + q) * 2 + (d + k) * 2 + (d + f) * 3)
 
 
 def refuse_disk(folder: Path, checkpoint_bytes: float, kept: int) -> None:

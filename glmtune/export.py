@@ -152,6 +152,12 @@ def _to_gguf(
 
 
 def _copy_adapter(adapter: Path, target: Path, base: Path) -> None:
+    config = families.adapter_config(adapter)
+    if config.get("peft_type") not in adapters.READS:  # a method from outside knows its own files
+        shutil.copytree(adapter, target)
+        config["base_model_name_or_path"] = str(base.resolve())
+        methods.write_text(target / "adapter_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        return
     target.mkdir()
     _, config, tensors = adapters.open_folder(adapter)
     methods.write_tensors(tensors, target / "adapter_model.safetensors")

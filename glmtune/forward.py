@@ -8,26 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import fused, losses
+from . import fused, losses, method
 from .batch import Batch
 from .methods import noise_of
 from .run import Run
 
 
-def choose_path(model: Any, run: Run, device: torch.device, longest: int, checkpointing: bool) -> tuple[str, str]:
-    """("fused" | "modules", why)."""
-    if run.method.kind != "lora":
-        return "modules", f"method {run.method.kind}"
-    for given, what in (
-        (run.method.dropout, "dropout is on"),
-        (run.neftune, "NEFTune is on"),
-        (checkpointing, "checkpointing is on"),
-    ):
-        if given:
-            return "modules", what
-    if device.type != "cpu":
-        return "modules", "the model runs on a GPU"
-    reason = fused.unsupported(model, longest)
+def choose_path(model: Any, run: Run, options: Any, settings: dict[str, Any], longest: int) -> tuple[str, str]:
+    """("fused" | "modules", why). options, settings: as in `method.why_modules`, which decides all that does not depend on the weights."""
+    reason = method.why_modules(run, options, model.config.to_dict(), settings, longest) or fused.unsupported(model, longest)
     return ("modules", reason) if reason else ("fused", "a Llama-shaped model with LoRA on the CPU")
 
 

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from . import losses
 from .layers import Linear
+from .method import no_fused_block
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 QUERY_BLOCK = 256  # queries a block in the attention's backward: bounds the scores' memory, skips half of the masked part
 SIMILAR = 0.75  # segments of at least this share of the longest share one batched attention
 HEAD_CHUNK = 256  # learned positions whose logits exist at the same time
@@ -46,16 +46,9 @@ def unsupported(model: Any, longest: int | None = None) -> str | None:
 
     `longest`: the longest segment that will come, so that a sliding window at least as long is no obstacle.
     """
-    config = model.config
-    if config.model_type not in FAMILIES:
-        return f"model type '{config.model_type}' has no fused block; fused are {', '.join(FAMILIES)}"
-    if config.hidden_act != "silu":
-        return f"activation '{config.hidden_act}'; fused is only silu"
-    if config.attention_dropout:
-        return f"attention_dropout is {config.attention_dropout}; fused attention has none"
-    window = _sliding_window(config)
-    if window is not None and (longest is None or longest > window):
-        return f"attention slides over {window} tokens, and segments may be longer"
+    reason = no_fused_block(model.config.to_dict(), longest)
+    if reason is not None:
+        return reason
     layers = [module for block in model.model.layers for site in _sites(block) for module in site]
     other = next((type(layer).__name__ for layer in layers if not isinstance(layer, Linear)), None)
     if other is not None:
@@ -111,13 +104,6 @@ def learned_nll(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weights
     if not weight_VD.requires_grad:
         return _FrozenHead.apply(hidden_ND, weight_VD, targets_N, weights_N, _kernels(compile))
     return losses.nll(hidden_ND, weight_VD, targets_N, weights_N)
-
-
-def _sliding_window(config: Any) -> int | None:
-    """The window that some layer's attention slides over. Qwen carries a window that counts only where a layer says so."""
-    if config.model_type == "llama" or (config.model_type != "mistral" and "sliding_attention" not in config.layer_types):
-        return None
-    return config.sliding_window
 
 
 # ---------------------------------------------------------------------------------------------------- pointwise kernels

@@ -19,7 +19,6 @@ from .chat import read_object
 from .errors import UserError
 from .families import weights
 from .families.family import Family, Take
-from .run import Prefix
 from .tensors import write_text
 
 Say = Callable[[str], None]
@@ -76,7 +75,7 @@ def _import_prefix(file: Path, model: str | Path | None, to: str | Path, prompt:
     opened = families.load_model(base, device="cpu").requires_grad_(False)
     encoder = prefix.from_published(opened, tensors_of(file))
     with new_folder(to) as work:
-        methods.save_adapter(opened, work, Prefix(), base_name(str(model), base))
+        methods.save_prefix(opened, work, None, base_name(str(model), base))
         about = _keep_form(Adapter(file.parent, {}, {}), base, prompt, work, say)
         write_text(
             work / "README.md",

@@ -76,16 +76,16 @@ class Linear(nn.Linear):
         return self.weight.device if self.packed is None else self.packed.device
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.lora_A is None or self.lora_B is None:
-            y = self._product(x.to(self.compute), self.bias).to(x.dtype)
-            return y if self.under is None else y + self._beneath(x).to(y.dtype)
+        adapted = self.lora_A is not None and self.lora_B is not None
         if self.lora_magnitude is None:
             y = self._product(x.to(self.compute), self.bias).to(x.dtype)
             y = y if self.under is None else y + self._beneath(x).to(y.dtype)
-            return y + self._update(x).to(y.dtype) * self.scaling
-        y = self._product(x.to(self.compute), None).to(x.dtype) + self._update(x).to(x.dtype) * self.scaling
+            return y + self._update(x).to(y.dtype) * self.scaling if adapted else y
+        # DoRA with A taken away is DoRA before its first step, whose update is 0 and whose lengths are those of the rows: the same bits.
+        y = self._product(x.to(self.compute), None).to(x.dtype)
+        y = y + self._update(x).to(x.dtype) * self.scaling if adapted else y
         y = y if self.under is None else y + self._beneath(x).to(y.dtype)
-        y = y * (self.lora_magnitude / self.lengths()).to(y.dtype)
+        y = y * (self.lora_magnitude / self.lengths()).to(y.dtype) if adapted else y
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import methods
-from .layers import Linear, blocks
+from .layers import Linear
 from .records import Example
 
 ENOUGH = 0.99  # share of the effect below which the user is told what to do
@@ -42,13 +42,8 @@ def merge(model: Any, examples: Sequence[Example], dtype: torch.dtype, rounding:
     for name in held:
         model.get_submodule(name).compute = torch.float32
     adapted = _logits(model, examples)
-    under = {name: layer.under for name, layer in blocks(model).items()}
-    for layer in blocks(model).values():
-        layer.under = None
     with methods.disabled(model):
         base = _logits(model, examples)
-    for name, layer in blocks(model).items():
-        layer.under = under[name]
     generator = torch.Generator().manual_seed(seed)
     if rounding == "stochastic":
         methods.merge(model, lambda weight, kind: stochastic(weight, kind, generator))

@@ -6,19 +6,20 @@ Adapters are files in PEFT's layout; `layers.Linear` computes LoRA, `prefix` com
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import prefix
+from . import method, prefix
 from .adapters import PREFIX, Adapter, listed, lora, lora_tensors, open_folder, read, refuse_half, shortest
 from .errors import UserError
-from .families import frozen_choice, lora_sizes, named_whole, pick_targets, plain_lora, sharing
+from .families import adapter_config, frozen_choice, load_model, lora_sizes, named_whole, pick_targets, plain_lora, sharing
 from .layers import Embedding, Linear, RowNoise, blocks, prepare, prepared
+from .method import Reference
 from .run import Freeze, Full, Lora, Prefix
 from .tensors import compare, read_tensors, save_full, sync_folder, write_tensors, write_text
 
@@ -44,16 +45,30 @@ def attach(model: nn.Module, options: Any, seed: int) -> None:
     Raises UserError for names and numbers that this model does not have, and for a quantised model where weights would be trained.
     """
     model.requires_grad_(False)
-    METHODS[options.kind](model, options, seed)
+    method.of(options).attach(model, options, seed)
+    _mark(model, options.kind)
 
 
-def _attach_full(model: nn.Module, options: Full, seed: int) -> None:
+def _mark(model: nn.Module, kind: str) -> None:
+    """Notes whose adapter is attached, so that a merge refuses what it cannot merge."""
+    object.__setattr__(model, "attached_method", kind)
+
+
+def count_attached(options: Any, folder: Path) -> int:
+    """How many numbers a method trains, counted on a model without weights."""
+    model = load_model(folder, device="meta")
+    prepare(model, model.dtype)
+    attach(model, options, 0)
+    return sum(parameter.numel() for parameter in trainable(model).values())
+
+
+def attach_full(model: nn.Module, options: Full, seed: int) -> None:
     _refuse_packed(model, "full")
     for parameter in model.parameters():
         _train(parameter)
 
 
-def _attach_freeze(model: nn.Module, options: Freeze, seed: int) -> None:
+def attach_freeze(model: nn.Module, options: Freeze, seed: int) -> None:
     _refuse_packed(model, "freeze")
     named = dict(model.named_parameters(remove_duplicate=False))  # tied weights under both names
     for name in frozen_choice(options, list(named)):
@@ -73,7 +88,7 @@ def _refuse_packed(model: nn.Module, kind: str) -> None:
         )
 
 
-def _attach_lora(model: nn.Module, options: Lora, seed: int) -> None:
+def attach_lora(model: nn.Module, options: Lora, seed: int) -> None:
     layers = blocks(model)
     targets = [options.targets] if isinstance(options.targets, str) else options.targets
     chosen = pick_targets(None if targets == ["all-linear"] else targets, list(layers))
@@ -148,14 +163,14 @@ def _put_under(model: nn.Module, folder: Path) -> None:
         raise UserError(
             f"method.under: {folder} is not a plain LoRA adapter; only plain LoRA adapters can stay beneath another one"
         )
-    _load_lora(model, adapter)
+    _put_lora(model, adapter)
     for layer in blocks(model).values():
         if layer.lora_A is not None and layer.lora_B is not None:
             _add_under(layer, layer.lora_A.detach(), layer.lora_B.detach() * layer.scaling)
     unload(model)
 
 
-def _attach_prefix(model: nn.Module, options: Prefix, seed: int) -> None:
+def attach_prefix(model: nn.Module, options: Prefix, seed: int) -> None:
     encoder = prefix.attach(
         model,
         num_virtual_tokens=options.num_virtual_tokens,
@@ -165,9 +180,6 @@ def _attach_prefix(model: nn.Module, options: Prefix, seed: int) -> None:
         noise=_noise(model, seed) if options.dropout else None,
     )
     encoder.requires_grad_(True)
-
-
-METHODS = {"lora": _attach_lora, "prefix": _attach_prefix, "freeze": _attach_freeze, "full": _attach_full}
 
 
 def add_neftune(model: nn.Module, alpha: float, seed: int) -> None:
@@ -189,12 +201,22 @@ def noise_of(model: nn.Module) -> RowNoise | None:
     return getattr(model, "row_noise", None)
 
 
-def start_from(model: nn.Module, folder: Path) -> None:
+def begin_prefix(model: nn.Module, options: Prefix, first: Callable[[int], list[int]]) -> None:
+    if options.start:
+        _, config, tensors = open_folder(options.start)
+        prefix.from_peft(model, tensors, config)  # into the one that is attached
+    elif options.init == "words":
+        prefix.start_from_words(model, first(options.num_virtual_tokens))
+
+
+def begin_lora(model: nn.Module, options: Lora, first: Callable[[int], list[int]]) -> None:
+    if options.start:
+        _start_lora(model, Path(options.start))
+
+
+def _start_lora(model: nn.Module, folder: Path) -> None:
     """Gives the attached, trainable adapter the values of a saved one. Raises UserError where names or shapes differ."""
     folder, config, tensors = open_folder(folder)
-    if config["peft_type"] == "PREFIX_TUNING":
-        prefix.from_peft(model, tensors, config)  # into the one that is attached
-        return
     tensors = lora_tensors(lora(folder, config, tensors))
     parameters, wrong = trainable(model), []
     for name, parameter in parameters.items():
@@ -231,25 +253,180 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @contextmanager
-def disabled(model: nn.Module):
-    """The model without its adapter, inside: for the stages that compare with where they began. Frozen adapters beneath stay on."""
-    layers = [layer for layer in blocks(model).values() if layer.lora_B is not None]
-    held = [(layer.lora_A, layer.lora_magnitude) for layer in layers]
+def disabled(model: nn.Module) -> Iterator[None]:
+    """The base model inside, bit for bit: without the adapter that is attached, those beneath it, and the modules it brought. Where
+    training began is another thing: `reference`. Raises UserError where the model's own weights are trained."""
+    with ExitStack() as stack:
+        for one in method.METHODS.values():
+            stack.enter_context(one.disabled(model))
+        yield
+
+
+@contextmanager
+def disabled_lora(model: nn.Module) -> Iterator[None]:
+    layers = list(blocks(model).values())
+    held = [(layer.lora_A, layer.lora_B, layer.lora_magnitude, layer.under) for layer in layers]
     whole = getattr(model, "saved_whole", {})
     if any(p.requires_grad for n, p in model.named_parameters() if "lora_" not in n and not n.startswith("prefix_encoder")):
         raise UserError("weights of the model itself are trained (modules_to_save, freeze, full): there is nothing to switch off")
-    for layer in layers:
-        layer.lora_A = None
-    _swap(model, whole)
     try:
-        with ExitStack() as stack:
-            if prefix.of(model) is not None:
-                stack.enter_context(prefix.disabled(model))
-            yield
+        for layer in layers:
+            layer.lora_A = layer.lora_B = layer.lora_magnitude = layer.under = None
+        _swap(model, whole)
+        yield
     finally:
         _swap(model, whole)
-        for layer, (A, magnitude) in zip(layers, held):
-            layer.lora_A, layer.lora_magnitude = A, magnitude
+        for layer, (A, B, magnitude, under) in zip(layers, held):
+            layer.lora_A, layer.lora_B, layer.lora_magnitude, layer.under = A, B, magnitude, under
+
+
+# --- where training began -----------------------------------------------------------------------------------------------
+
+
+def hold_start(model: nn.Module, options: Any, keep: bool = False, file: Path | None = None) -> None:
+    """Called once, where training begins (after `attach` and the method's `begin`): from here on `reference` knows how to come back.
+
+    keep: also where that takes a second copy of the model's own weights (freeze, full; it lies on the CPU, in fp32). file: where an
+    adapter's start is kept, so that a resumed run has the very same one, also where the adapter it went on from changed since, or another
+    machine would make it otherwise (PiSSA's decomposition). It is written where there is none yet.
+    """
+    record = method.of(options)
+    held = record.reference(model, options, keep)
+    if file is not None and record.adapter and held.kept:
+        if file.is_file():
+            saved = read_tensors(file)
+            same = {n for n in held.kept if n in saved and saved[n].shape == held.kept[n].shape}
+            wrong = sorted((held.kept.keys() | saved.keys()) - same)
+            if wrong:
+                raise UserError(
+                    f"{file} is not where this run began: {wrong[0]} is missing, of another size or too much"
+                )
+            for name, tensor in held.kept.items():
+                tensor.copy_(
+                    saved[name]
+                )  # into their own memory: tensors out of a file lie unaligned, and products of those round differently
+        else:
+            part = file.with_name(file.name + ".part")
+            write_tensors({name: tensor.cpu() for name, tensor in held.kept.items()}, part)
+            part.replace(file)
+            sync_folder(file.parent)
+    object.__setattr__(model, "began", held)
+
+
+@contextmanager
+def reference(model: nn.Module) -> Iterator[None]:
+    """Inside, the model computes what it computed at `hold_start`, bit for bit, however far it was trained since: without gradients, and
+    without noise (dropout, NEFTune). Afterwards it is as it was. Raises UserError where nothing brings the start back."""
+    held: Reference | None = getattr(model, "began", None)
+    if held is None:
+        raise UserError("nothing was kept of where this training began, so it has no reference (methods.hold_start)")
+    if held.inside:
+        yield
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    with torch.no_grad(), held.open():
+        held.inside = True
+        model.eval()
+        try:
+            yield
+        finally:
+            held.inside = False
+            for module, training in modes:
+                module.training = training
+
+
+def reference_copies(model: nn.Module, options: Any, keep: bool) -> Reference:
+    """A copy of everything that is trained."""
+    return _copies(model, trainable(model), None)
+
+
+def reference_lora(model: nn.Module, options: Lora, keep: bool) -> Reference:
+    """Adapters that start without any effect are switched off, which takes no memory: adding 0 changes no number. A copy is kept of the
+    others (PiSSA, `start`) and of modules_to_save."""
+    off = [layer for layer in blocks(model).values() if layer.lora_B is not None and _changes_nothing_yet(layer)]
+    skipped = {id(p) for layer in off for p in (layer.lora_A, layer.lora_B, layer.lora_magnitude)}
+    on = {id(p) for layer in blocks(model).values() if layer not in off for p in (layer.lora_A,)}  # an A may be shared
+
+    @contextmanager
+    def switched() -> Iterator[None]:
+        held = [layer.lora_A for layer in off]
+        try:
+            for layer in off:
+                layer.lora_A = None
+            yield
+        finally:
+            for layer, A in zip(off, held):
+                layer.lora_A = A
+
+    return _copies(model, {n: p for n, p in trainable(model).items() if id(p) not in skipped or id(p) in on}, switched)
+
+
+@torch.no_grad()
+def _changes_nothing_yet(layer: Linear) -> bool:
+    assert layer.lora_B is not None
+    return not layer.lora_B.any() and (layer.lora_magnitude is None or torch.equal(layer.lora_magnitude, layer.lengths()))
+
+
+def reference_prefix(model: nn.Module, options: Prefix, keep: bool) -> Reference:
+    """The keys and values themselves, which are less than the network that makes them."""
+    encoder = prefix.of(model)
+    assert encoder is not None
+    with torch.no_grad():
+        kept = {"prefix": encoder().clone()}
+    return Reference(kept, lambda: encoder.showing(kept["prefix"]))
+
+
+def reference_weights(model: nn.Module, options: Any, keep: bool) -> Reference:
+    """The model's own weights are trained. keep: a copy of those that are, on the CPU. Without, the start can be had as long as it is
+    there: a stage computes its log-probabilities before step 1."""
+    parameters = trainable(model)
+    if keep:
+        return _copies(model, parameters, None, torch.device("cpu"))
+    versions = {name: parameter._version for name, parameter in parameters.items()}
+
+    def unchanged() -> AbstractContextManager[None]:
+        if any(parameter._version != versions[name] for name, parameter in parameters.items()):
+            size = 4e-9 * sum(parameter.numel() for parameter in parameters.values())
+            raise UserError(
+                f"method={options.kind} has changed the model's own weights, and no copy of them was kept ({size:.2g} GB), so where training "
+                "began cannot be computed any more: it must be computed before step 1, or train with method=lora or method=prefix"
+            )
+        return nullcontext()
+
+    return Reference({}, unchanged)
+
+
+def _copies(
+    model: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    around: Callable[[], AbstractContextManager[None]] | None,
+    device: torch.device | None = None,
+) -> Reference:
+    """Copies of these parameters as they are now, each exchanged with the trained one inside; nothing is there twice meanwhile."""
+    kept = {name: p.detach().to(device or p.device, copy=True) for name, p in parameters.items()}
+
+    def exchange(name: str) -> None:
+        parameter, copy = parameters[name], kept[name]
+        if copy.device == parameter.device:
+            kept[name], parameter.data = parameter.data, copy
+        else:
+            kept[name] = parameter.data.to(copy.device)
+            parameter.data.copy_(copy)
+
+    @contextmanager
+    def exchanged() -> Iterator[None]:
+        done: list[str] = []
+        try:
+            for name in parameters:
+                exchange(name)
+                done.append(name)
+            with nullcontext() if around is None else around():
+                yield
+        finally:
+            for name in done:
+                exchange(name)
+
+    return Reference(kept, exchanged)
 
 
 def changes_nothing(model: nn.Module) -> bool:
@@ -273,19 +450,34 @@ def _swap(model: nn.Module, whole: dict[str, Tensor]) -> None:
 
 def unload(model: nn.Module) -> None:
     """Takes an adapter off: the base model is back, bit for bit."""
+    for one in method.METHODS.values():
+        one.unload(model)
+    model.__dict__.pop("attached_method", None)
+
+
+def unload_lora(model: nn.Module) -> None:
     for layer in blocks(model).values():
         layer.lora_A = layer.lora_B = layer.lora_magnitude = None
-    if prefix.of(model) is not None:
-        prefix.detach(model)
     whole = model.__dict__.pop("saved_whole", {})
     _swap(model, whole)
 
 
+def unload_prefix(model: nn.Module) -> None:
+    if prefix.of(model) is not None:
+        prefix.detach(model)
+
+
 def check_mergeable(model: nn.Module) -> None:
-    """Raises UserError for a prefix, which is no change of weights, and for packed weights."""
+    """Raises UserError for an adapter that is no change of weights, and for packed weights."""
+    kind = model.__dict__.get("attached_method")
+    record = method.METHODS.get(kind or "")
     if prefix.of(model) is not None:
         raise UserError(
             "a prefix adapter (P-Tuning v2) is no change of the weights and cannot be merged; export with --unmerged keeps it beside them"
+        )
+    if record is not None and record.adapter and record.merge is None:
+        raise UserError(
+            f"an adapter of method {kind} cannot be merged into the weights; export with --unmerged keeps it beside them"
         )
     adapted = {name: layer for name, layer in blocks(model).items() if layer.lora_B is not None or layer.under is not None}
     packed = next((name for name, layer in adapted.items() if layer.packed is not None), None)
@@ -294,9 +486,17 @@ def check_mergeable(model: nn.Module) -> None:
 
 
 def merge(model: nn.Module, cast: Callable[[Tensor, torch.dtype], Tensor] = Tensor.to) -> None:
-    """Adds the adapter to the weights, in place, and takes it off: W + B A * scaling (DoRA: its rows at their learned lengths), summed in
-    fp32, kept in W's dtype by `cast`. Raises UserError as `check_mergeable`."""
+    """Adds the adapter to the weights, in place, and takes it off. Sums are fp32, kept in W's dtype by `cast`. Raises UserError as
+    `check_mergeable`."""
     check_mergeable(model)
+    for one in method.METHODS.values():
+        if one.merge is not None:
+            one.merge(model, cast)
+    model.__dict__.pop("attached_method", None)
+
+
+def merge_lora(model: nn.Module, cast: Callable[[Tensor, torch.dtype], Tensor]) -> None:
+    """W + B A * scaling (DoRA: its rows at their learned lengths)."""
     for layer in blocks(model).values():
         merged = merged_weight(layer)
         if merged is not None:
@@ -358,21 +558,38 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_adapter(model: nn.Module, folder: Path, options: Any, base: str) -> None:
-    """Writes adapter_model.safetensors and adapter_config.json, reads them back and compares. `base`: what plain PEFT should open."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(options, Prefix):
-        tensors, config = prefix.peft_tensors(model), prefix.peft_config(model, base)
-        lost = [name for name in trainable(model) if not name.startswith("prefix_encoder.")]
-    else:
-        tensors = adapter_tensors(model)
-        config = _lora_config(model, tensors, options, base)
-        kept = {id(p) for layer in blocks(model).values() for p in (layer.lora_A, layer.lora_B, layer.lora_magnitude)}
-        lost = [n for n, p in trainable(model).items() if id(p) not in kept and PREFIX + n not in tensors]
+    """Writes the adapter of a method, reads it back and compares. `base`: what plain PEFT should open."""
+    method.of(options).save(model, folder, options, base)
+
+
+def save_prefix(model: nn.Module, folder: Path, options: Prefix | None, base: str) -> None:
+    lost = [name for name in trainable(model) if not name.startswith("prefix_encoder.")]
+    _write_adapter(folder, prefix.peft_tensors(model), prefix.peft_config(model, base), lost)
+
+
+def save_lora(model: nn.Module, folder: Path, options: Lora, base: str) -> None:
+    tensors = adapter_tensors(model)
+    kept = {id(p) for layer in blocks(model).values() for p in (layer.lora_A, layer.lora_B, layer.lora_magnitude)}
+    lost = [n for n, p in trainable(model).items() if id(p) not in kept and PREFIX + n not in tensors]
+    _write_adapter(folder, tensors, _lora_config(model, tensors, options, base), lost)
+
+
+def _write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], lost: list[str]) -> None:
+    """adapter_model.safetensors and adapter_config.json, in PEFT's layout."""
     if lost or not tensors:
         raise AssertionError(f"these trained tensors are in no adapter: {lost}")
+    folder.mkdir(parents=True, exist_ok=True)
     write_tensors(tensors, folder / "adapter_model.safetensors")
     write_text(folder / "adapter_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     compare(tensors, folder / "adapter_model.safetensors")
+
+
+def save_whole(model: nn.Module, folder: Path, options: Any, base: str) -> None:
+    """The whole model, as transformers reads it."""
+    save_full(model, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["dtype"] = "float32"  # of what was trained; the rest may be stored in 16 bits
+    write_text(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def _lora_config(model: nn.Module, tensors: dict[str, Tensor], options: Lora, base: str) -> dict[str, Any]:
@@ -405,25 +622,37 @@ def _lora_config(model: nn.Module, tensors: dict[str, Tensor], options: Lora, ba
 
 
 def load(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Attaches a saved adapter (PEFT's LoRA or prefix layout) in place of another one, if any, and returns the model. Nothing is trainable
-    after. `unload` takes it off again.
+    """Attaches a saved adapter (PEFT's LoRA or prefix layout, or that of a method from outside) in place of another one, if any, and
+    returns the model. Nothing is trainable after. `unload` takes it off again.
 
     Raises UserError: as `adapters.open_folder` and `adapters.lora`, and for tensors that do not fit this model.
     """
-    folder, config, tensors = open_folder(folder)
+    path = Path(folder).expanduser()
+    found = method.reader(adapter_config(path.parent if path.is_file() else path).get("peft_type"))
+    kind, put = ("", None) if found is None else (found[0], found[1].load)
+    if put is None:
+        open_folder(path)  # says what is wrong with it
+        raise UserError(f"{path}: there is nothing here that reads this adapter")
     if not prepared(model):
         prepare(model, next(model.parameters()).dtype)
-    if config["peft_type"] == "PREFIX_TUNING":
-        prefix.check(tensors, config, folder)
-        unload(model)
-        prefix.from_peft(model, tensors, config)
-    else:
-        _load_lora(model, lora(folder, config, tensors))
+    put(model, path)
+    _mark(model, kind)
     model.requires_grad_(False)
     return model
 
 
-def _load_lora(model: nn.Module, adapter: Adapter) -> None:
+def load_prefix(model: nn.Module, folder: Path) -> None:
+    folder, config, tensors = open_folder(folder)
+    prefix.check(tensors, config, folder)
+    unload(model)
+    prefix.from_peft(model, tensors, config)
+
+
+def load_lora(model: nn.Module, folder: Path) -> None:
+    _put_lora(model, read(folder))
+
+
+def _put_lora(model: nn.Module, adapter: Adapter) -> None:
     """In place of what is attached; one that does not fit leaves that as it is."""
     layers, wrong = blocks(model), [f"{name}: a value head, which `glmtune import` leaves out" for name in adapter.left_out]
     for name, held in adapter.layers.items():

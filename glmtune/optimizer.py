@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import quant
+from . import method, quant
 from .errors import UserError
 from .run import Run
 
@@ -18,11 +18,11 @@ LEAST = 2.0**-14  # a scale below it means that the numbers themselves are no go
 def make(run: Run, lr: float, parameters: dict[str, nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
     """The run's optimizer. Vectors (norms, biases, magnitudes) are not decayed. A group's `times` is its share of the learning rate:
     LoRA+ (arXiv 2402.12354) lets B learn `lr_ratio` times as fast as A."""
-    ratio = getattr(run.method, "lr_ratio", None) or 1.0
+    record = method.of(run.method)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         decay = run.optim.weight_decay if parameter.ndim >= 2 else 0.0
-        groups.setdefault((decay, ratio if name.endswith("lora_B") else 1.0), []).append(parameter)
+        groups.setdefault((decay, record.lr_scale(run.method, name)), []).append(parameter)
     made = [{"params": held, "weight_decay": decay, "times": times, "lr": lr * times} for (decay, times), held in groups.items()]
     optimizer = OPTIMIZERS[run.optim.kind](made, lr, device)
     # Fused and 8-bit kernels change parameters without counting it, and what is kept for decoding goes by that count (prefix.Encoder.parts).

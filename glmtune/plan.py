@@ -5,7 +5,7 @@ Needs no torch, so that a wrong run fails in a second. `glmtune show` prints a p
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from . import data, estimate, families, mixing, options, sources
+from . import data, estimate, families, method, mixing, sources
 from .chat import JOIN, Template
 from .errors import UserError
 from .records import Conversation
-from .run import DEFAULT_LR, Run, Source
+from .run import Run, Source
 from .stages import STAGES, Limits
 from .store import Chosen, Store
 from .tokenise import Progress, Wanted, is_store, tokenised
@@ -44,7 +44,6 @@ class Plan:
     dev: Chosen | None
     questions: list[Question]
     method: Any  # run.method with everything found out: targets by full names, what `start` says of its adapter
-    targets: list[str]  # layers that get LoRA; empty for other methods
     quant: str | None  # how frozen weights are kept: as the run says, or as the model was published
     shape: estimate.Shape
     notes: list[str] = field(default_factory=list)
@@ -65,8 +64,8 @@ def make(run: Run, say: Callable[[str], None] = lambda text: None, progress: Pro
             raise UserError(f"report_to: {name} is not installed; pip install {name}, or leave it out")
     folder, wanted_rows = wanted(run, say)
     shapes, template = families.tensor_shapes(folder), wanted_rows.template
-    method = _method(run, folder)
-    targets = method.targets if method.kind == "lora" else []
+    record = method.of(run.method)
+    found = record.resolve(run.method, run, folder)
     quant = _quant(run, folder)
     reads = families.reads_at_most(folder)
     reading = {"system": run.system, "variables": run.variables, "join": wanted_rows.join}
@@ -90,134 +89,22 @@ def make(run: Run, say: Callable[[str], None] = lambda text: None, progress: Pro
             f"warning: {len(beyond)} rows are longer than the {reads} tokens this model was made for (longest {max(beyond)})"
         )
     parameters = families.num_parameters(folder)
-    trainable = _trainable(method, folder, shapes)
+    trainable = record.count(found, folder)
     linear = sum(math.prod(shapes[f"{name}.weight"]) for name in families.linear_names(folder))
     return Plan(
-        run, folder, template, examples, dev, _questions(run, template, wanted_rows.sources, reading, reads), method, targets, quant,
+        run, folder, template, examples, dev, _questions(run, template, wanted_rows.sources, reading, reads), found, quant,
         estimate.Shape.of(families.config_of(folder), parameters, trainable, linear), notes,
     )  # fmt: skip
 
 
-def _method(run: Run, folder: Path) -> Any:
-    """The run's method with names of layers as this model has them, and with what `start` says of its adapter."""
-    method = run.method
-    if getattr(method, "start", None):
-        method = _continued(run, folder)
-    if method.kind == "lora":
-        targets = families.pick_targets(families.published_targets(_listed(method.targets), folder), families.linear_names(folder))
-        own = {  # layers of their own rank or alpha, under native names too
-            option: {
-                leaf: value
-                for name, value in getattr(method, option).items()
-                for leaf in families.published_targets([name], folder) or ()
-            }
-            for option in ("ranks", "alphas")
-        }
-        method = method.model_copy(update=own)
-        sizes = families.lora_sizes(method, targets)  # names in ranks and alphas
-        for group in families.sharing(targets) if method.share_a else ():
-            if len({sizes[name][0] for name in group}) > 1:
-                ranks = ", ".join(f"{name} {sizes[name][0]}" for name in group)
-                raise UserError(
-                    f"method.share_a gives q, k and v of a block one A, so they need one rank; method.ranks gives {ranks}"
-                )
-        _check_beside(method, folder)
-        method = method.model_copy(update={"targets": targets})
-    return method
-
-
-def _check_beside(method: Any, folder: Path) -> None:
-    """Names in `modules_to_save` and folders in `under`, before a model is loaded. Raises UserError."""
-    linear = set(families.linear_names(folder))
-    modules = {name.rsplit(".", 1)[0] for name in families.tensor_shapes(folder)} - linear | {"lm_head"}
-    families.named_whole(method.modules_to_save, modules)
-    for given in method.under:
-        config = families.adapter_config(given)
-        if not config or not families.plain_lora(config):
-            what = "is not a plain LoRA adapter" if config else "is neither an adapter nor a finished run"
-            raise UserError(f"method.under: {given} {what}; only plain LoRA adapters can stay beneath another one")
-
-
-def _continued(run: Run, folder: Path) -> Any:
-    """method.start: rank, targets and the like are those of the adapter. What the run says of them itself must agree."""
-    method = run.method
-    config = families.adapter_config(method.start)
-    if not config:
-        raise UserError(
-            f"method.start={method.start} is neither an adapter nor a finished run; wanted a folder with adapter_config.json"
-        )
-    kind = {"LORA": "lora", "PREFIX_TUNING": "prefix"}.get(str(config.get("peft_type")))
-    if kind is None or kind != method.kind:
-        raise UserError(
-            f"method.start={method.start} holds a {kind or config.get('peft_type')} adapter, this run has method={method.kind}"
-        )
-    if getattr(method, "pissa", False):
-        raise UserError("method.start goes on from an adapter, method.pissa starts anew from the weights; give one")
-    from . import adapters  # needs torch
-
-    found = adapters.options_of(method.start)
-    names = families.linear_names(folder)
-    given = found.keys() & method.model_fields_set
-    if run.resolved:  # a run file that train wrote has every option in it, the defaults too
-        fields = type(method).model_fields
-        given = {name for name in given if getattr(method, name) != fields[name].get_default(call_default_factory=True)}
-    if kind == "lora":  # layers are compared, however they are named
-        foreign = [name for name in found["targets"] if name not in names]
-        if foreign:
-            raise UserError(f"method.start={method.start} was made for another model: {foreign[0]} is no layer of this one")
-        if "targets" in given and families.pick_targets(families.published_targets(_listed(method.targets), folder), names) == [
-            name for name in names if name in found["targets"]
-        ]:
-            given.discard("targets")
-    wrong = min((name for name in given if getattr(method, name) != found[name]), default=None)
-    if wrong:
-        there = options.said(found[wrong])
-        raise UserError(
-            f"method.start={method.start} has {wrong} {there if len(there) < 100 else 'otherwise'}, this run says "
-            f"{options.said(getattr(method, wrong))}; leave method.{wrong} out"
-        )
-    return method.model_copy(update=found)
-
-
-def _listed(targets: Any) -> list[str] | None:
-    """The option `targets` as a list; None: all linear layers."""
-    given = [targets] if isinstance(targets, str) else targets
-    return None if given == ["all-linear"] else given
-
-
 def _quant(run: Run, folder: Path) -> str | None:
     kept = families.published_quant(folder)
-    if kept and run.method.kind in ("freeze", "full"):
+    if kept and method.trains_base(run.method.kind):
         raise UserError(
             f"{run.model} is published in {kept}, which gradient steps cannot change, and method={run.method.kind} trains its weights; "
             "use method=lora or method=prefix, or the 16-bit model"
         )
     return families.quant_kind(folder, run.quant or ("keep" if kept else None))
-
-
-def _trainable(method: Any, folder: Path, shapes: dict[str, list[int]]) -> int:
-    """How many numbers a method trains. Counted from shapes: no weights are read."""
-    named = families.parameter_names(folder)
-    tied = bool(families.config_of(folder).get("tie_word_embeddings"))
-    size = {name: math.prod(shape) for name, shape in shapes.items() if not (tied and name == "lm_head.weight")}
-    head = next((name for name in size if "embed" in name), "") if tied else ""  # tied weights are one, under two names
-
-    def chosen(names: Iterable[str]) -> int:
-        return sum(size[name] for name in {head if tied and name == "lm_head.weight" else name for name in names})
-
-    if method.kind == "lora":
-        sizes = families.lora_sizes(method, method.targets)
-        shared = families.sharing(method.targets) if method.share_a else []
-        count = estimate.lora_parameters(shapes, {name: rank for name, (rank, _) in sizes.items()}, shared)
-        count += sum(shapes[f"{name}.weight"][0] for name in method.targets) if method.dora else 0
-        return count + chosen(
-            name for name in named for one in method.modules_to_save if families.is_module(name.rsplit(".", 1)[0], one)
-        )
-    if method.kind == "prefix":
-        return families.prefix_parameters(folder, method.num_virtual_tokens, method.projection)
-    if method.kind == "freeze":
-        return chosen(families.frozen_choice(method, named))
-    return sum(size.values())
 
 
 def wanted(run: Run, say: Callable[[str], None]) -> tuple[Path, Wanted]:
@@ -288,12 +175,12 @@ def _sides(run: Run, made: Store, found: Sequence[sources.Found]) -> tuple[Chose
 
 
 def _learning_rate(run: Run) -> list[str]:
-    usual, given = DEFAULT_LR[run.method.kind], run.optim.lr
+    (usual, whose), given = method.learning_rate(run), run.optim.lr
     if given is None:
-        return [f"learning rate {usual:g}, the default of method {run.method.kind}"]
+        return [f"learning rate {usual:g}, the default of {whose}"]
     if not usual / 10 < given < usual * 10:
         return [
-            f"warning: optim.lr={given:g} is {'above' if given > usual else 'below'} the usual {usual:g} of method {run.method.kind} by ten times or more"
+            f"warning: optim.lr={given:g} is {'above' if given > usual else 'below'} the usual {usual:g} of {whose} by ten times or more"
         ]
     return []
 

@@ -93,6 +93,7 @@ class Encoder(nn.Module):
         self.hooks: list[Any] = []
         self.same_in_peft: bool | None = None  # found out when first saved
         self._held: tuple[list[tuple[Tensor, int]], list[tuple[Tensor, Tensor]]] | None = None
+        self._shown: Tensor | None = None
 
     def _columns(self, chosen: slice) -> Tensor:
         """[p, chosen columns]"""
@@ -116,6 +117,8 @@ class Encoder(nn.Module):
 
     def parts(self) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of all layers. Without gradients they are kept until a parameter changes: decoding asks for them at each token."""
+        if self._shown is not None:
+            return _pairs(self._shown)
         if torch.is_grad_enabled():
             return _pairs(self())
         # A kept alias holds the memory, so that no other tensor can come to stand at the same address.
@@ -125,6 +128,15 @@ class Encoder(nn.Module):
         ):
             self._held = [(p.detach(), p._version) for p in self.parameters()], _pairs(self())
         return self._held[1]
+
+    @contextmanager
+    def showing(self, prefix: Tensor) -> Iterator[None]:
+        """Inside, `prefix` [p, 2L, h, d] stands in the place of what the parameters make. Without gradients and in eval mode only."""
+        self._shown = prefix
+        try:
+            yield
+        finally:
+            self._shown = None
 
     # --- hooks ----------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ gets that group only; nothing but this file sees all options together.
 from collections.abc import Iterable
 from glob import glob
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
@@ -191,6 +191,7 @@ class Freeze(Options):
     """Some blocks are trained whole, in fp32; the rest is frozen."""
 
     kind: Literal["freeze"] = "freeze"
+    trains_base: ClassVar[bool] = True
     last: Positive | None = Field(default=None, description="train the last n blocks; null with neither first nor layers: 3")
     first: Positive | None = Field(default=None, description="train the first n blocks")
     layers: list[int] | None = Field(default=None, description="train the blocks of these numbers, counted from 0 (-1: the last)")
@@ -209,14 +210,15 @@ class Full(Options):
     """Every weight is trained, held in fp32."""
 
     kind: Literal["full"] = "full"
+    trains_base: ClassVar[bool] = True
 
 
 Chat = Literal[  # the names of chat.FORMS and families.CHATS
     "auto", "plain", "chatml", "alpaca", "chatglm", "chatglm2", "chatglm3", "glm4", "characterglm", "codegeex2", "internlm", "internlm2", "baichuan", "baichuan2",
     "llama2", "chinese-alpaca", "chinese-alpaca-2",
 ]  # fmt: skip
+# Each has a record in method.METHODS. `trains_base`: gradient steps change the model's own weights, so they cannot be packed.
 METHODS: dict[str, type[Options]] = {"lora": Lora, "prefix": Prefix, "freeze": Freeze, "full": Full}
-ADAPTERS = ("lora", "prefix")  # methods whose result stands beside the base model; of the others it is a whole model
 
 
 class _Optimizer(Options):
@@ -375,7 +377,7 @@ class Run(Options):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Run":
-        if self.quant is not None and self.method.kind in ("freeze", "full"):
+        if self.quant is not None and getattr(self.method, "trains_base", False):
             raise ValueError(
                 f"quant={self.quant} keeps weights in {'4' if '4' in self.quant else '8'} bits, which gradient steps cannot change, and method={self.method.kind} trains them; "
                 "use method=lora or method=prefix, or leave quant out"
@@ -387,12 +389,14 @@ class Run(Options):
         return self
 
 
-DEFAULT_LR = {
-    "lora": 2e-4,
-    "prefix": 1e-2,
-    "freeze": 5e-5,
-    "full": 1e-5,
-}  # per method; others published and measured values stand in LOG.md
+# (stage or None: any, method or its variant) -> learning rate where a run gives none (method.learning_rate). Measured values: LOG.md.
+DEFAULT_LR: dict[tuple[str | None, str], float] = {
+    (None, "lora"): 2e-4,
+    (None, "prefix"): 1e-2,
+    (None, "prefix with projection"): 1e-4,  # its loss rises at 1e-2
+    (None, "freeze"): 5e-5,
+    (None, "full"): 1e-5,
+}
 
 
 def load_run(path: str | Path | None, overrides: Iterable[str] = (), **missing: Any) -> Run:

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from . import __version__, estimate
+from . import __version__, estimate, method
 from .chat import Template
 from .plan import Plan
 from .records import Example
@@ -91,28 +91,12 @@ def print_plan(made: Plan) -> None:
         f"{len(made.examples)} sequences, {total} tokens, {learned} of them learned ({100 * learned / total:.0f} %); lengths {histogram(made.lengths)}"
     )
     share = 100 * shape.trainable / shape.parameters
-    what = _trained(made)
+    what = method.of(made.method).describe(made.method)
     console.print(f"{run.method.kind}: {shape.trainable:,} trainable parameters ({share:.2f} %), {what}")
     console.print(
         Text.assemble((f"sample {made.examples[0].where}, ", "cyan"), ("learned tokens", "bold green underline"), (":", "cyan"))
     )
     console.print(coloured(made.template, made.examples[0], 160))
-
-
-def _trained(made: Plan) -> str:
-    method, run = made.method, made.run
-    if method.kind == "lora":
-        also = [name for name in ("dora", "rslora", "pissa") if getattr(method, name)]
-        also += [f"and whole {', '.join(method.modules_to_save)}"] if method.modules_to_save else []
-        also += [f"on top of {', '.join(method.under)}"] if method.under else []
-        also += [f"going on from {method.start}"] if method.start else []
-        names = ", ".join(sorted({name.split(".")[-1] for name in made.targets}))
-        return " ".join([f"LoRA rank {method.rank} on {names}", *also])
-    if method.kind == "prefix":
-        return f"a prefix of {method.num_virtual_tokens} tokens in every layer{', made by a network' if method.projection else ''}"
-    if method.kind == "freeze":
-        return f"of some blocks ({', '.join(f'{k} {v}' for k, v in run.method.model_dump(exclude_defaults=True).items() if k != 'kind') or 'the last 3'})"
-    return "every weight" if method.kind == "full" else method.kind
 
 
 class Terminal(Screen):

@@ -11,7 +11,6 @@ import importlib
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import time
@@ -22,9 +21,9 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from . import __version__, batch, estimate, families, options, plan, report
+from . import __version__, batch, estimate, families, method, options, plan, report
 from .errors import Interrupted, UserError
-from .run import ADAPTERS, DEFAULT_LR, Resolved, Run, load_run
+from .run import Resolved, Run, load_run
 from .stages import STAGES
 from .store import digest_of
 
@@ -221,7 +220,7 @@ def resolve(made: plan.Plan) -> dict[str, Any]:
         "quant": made.quant,
         "threads": torch.get_num_threads(),
         "micro_tokens": run.optim.micro_tokens or MICRO_TOKENS,
-        "lr": run.optim.lr or DEFAULT_LR[run.method.kind],
+        "lr": run.optim.lr or method.learning_rate(run)[0],
         "steps": steps,
         "checkpointing": run.checkpointing is True,
         "compile": tokens * steps > COMPILE_TOKENS and tokens > COMPILE_STEP,
@@ -260,7 +259,7 @@ def _check_room(made: plan.Plan, settings: dict[str, Any], out: Path) -> None:
     where = settings["device"] if device.type == "cuda" else "this machine"
     estimate.refuse_memory(made.shape, setting(made, settings), _free(device), where)
     kept = made.shape.trainable * 12
-    if made.run.method.kind not in ADAPTERS:
+    if not method.of(made.method).adapter:
         kept = made.shape.parameters * 4 + made.shape.trainable * 8
     estimate.refuse_disk(out, kept, made.run.save.keep)
 
@@ -271,11 +270,7 @@ def setting(made: plan.Plan, settings: dict[str, Any]) -> estimate.Setting:
     step = sum(sorted(made.lengths)[-run.optim.batch_size :])
     learned = made.examples.num_learned / max(1, sum(made.lengths))
     tokens = max(longest, min(settings["micro_tokens"], step))
-    depth = 1.0
-    if run.method.kind == "freeze":
-        trained = families.frozen_choice(run.method, families.parameter_names(made.folder))
-        layers = {int(found[1]) for name in trained if (found := re.search(r"\.(\d+)\.", name))}
-        depth = 1 - min(layers, default=made.shape.layers) / made.shape.layers
+    depth = method.of(made.method).depth(made.method, made.folder, made.shape.layers)
     return estimate.Setting(
         run.method.kind, settings["precision"], settings["quant"], run.optim.kind, tokens, longest, round(tokens * learned),
         settings["checkpointing"], _fused(made, settings), depth,
@@ -285,12 +280,7 @@ def setting(made: plan.Plan, settings: dict[str, Any]) -> estimate.Setting:
 
 def _fused(made: plan.Plan, settings: dict[str, Any]) -> bool:
     """Whether forward.choose_path will take the fused path, without a model."""
-    from . import fused
-
-    method, run = made.run.method, made.run
-    plain = method.kind == "lora" and not (method.dropout or method.dora or method.pissa or method.under or method.modules_to_save)
-    usual = families.config_of(made.folder).get("model_type") in fused.FAMILIES and settings["precision"] in ("fp32", "bf16")
-    return plain and usual and settings["device"] == "cpu" and not (run.neftune or settings["checkpointing"] or settings["quant"])
+    return method.why_modules(made.run, made.method, families.config_of(made.folder), settings, made.longest) is None
 
 
 def settings_line(settings: dict[str, Any]) -> str:
@@ -386,10 +376,10 @@ class _Training:
         torch.set_num_threads(settings["threads"])
         self.device = families.pick_device(settings["device"])
         compute = families.as_dtype(settings["precision"])
-        whole = options_.method.kind == "full"
+        record = method.of(made.method)
         self.model = families.load_model(
             made.folder,
-            dtype=torch.float32 if whole else compute,
+            dtype=torch.float32 if record.whole else compute,
             device=self.device,
             quant=settings["quant"],
         )
@@ -398,14 +388,11 @@ class _Training:
                 module.p = 0.0
         methods.prepare(self.model, compute)
         methods.attach(self.model, made.method, options_.seed)
-        if getattr(options_.method, "start", None):
-            methods.start_from(self.model, Path(options_.method.start))
-        elif options_.method.kind == "prefix" and options_.method.init == "words":
-            methods.prefix.start_from_words(self.model, _first_ids(made, options_.method.num_virtual_tokens))
+        record.begin(self.model, made.method, lambda count: _first_ids(made, count))
         if options_.neftune:
             methods.add_neftune(self.model, options_.neftune, options_.seed)
         self.parameters = methods.trainable(self.model)
-        path, _ = forward.choose_path(self.model, options_, self.device, made.longest, settings["checkpointing"])
+        path, _ = forward.choose_path(self.model, options_, made.method, settings, made.longest)
         self.forward = forward.Forward(
             self.model, path, compile=path == "fused" and settings["compile"] and forward.fused.compile_works()
         )
@@ -625,23 +612,16 @@ class _Training:
 
     def _save_result(self, folder: Path, final: bool = False) -> None:
         """What was trained, as something other programs open: an adapter folder, or a whole model. With tokenizer and template."""
-        from . import methods
-
-        method, full = self.plan.method, self.plan.run.method.kind not in ADAPTERS
-        target = folder / ("model" if full else "adapter") if final else folder
+        record = method.of(self.plan.method)
+        target = folder / ("adapter" if record.adapter else "model") if final else folder
         work = target.with_name(target.name + ".part") if final else target
         if final:
             shutil.rmtree(work, ignore_errors=True)
-        if full:
-            methods.save_full(self.model, work)
-            config = json.loads((work / "config.json").read_text(encoding="utf-8"))
-            config["dtype"] = "float32"  # of what was trained; the rest may be stored in 16 bits
-            methods.write_text(work / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        else:
-            methods.save_adapter(self.model, work, method, str(self._base_name()))
+        base = str(self._base_name())
+        record.save(self.model, work, self.plan.method, base)
         families.save_tokenizer(self.plan.folder, self.plan.template, work)
-        reason = methods.prefix.plain_peft(self.model) if self.plan.run.method.kind == "prefix" else None
-        (work / "README.md").write_text(_readme(self.plan, str(self._base_name()), full, reason), encoding="utf-8")
+        text = _readme(self.plan, base, not record.adapter, record.not_in_peft(self.model))
+        (work / "README.md").write_text(text, encoding="utf-8")
         if final:
             shutil.rmtree(target, ignore_errors=True)
             work.rename(target)
@@ -664,7 +644,7 @@ class _Training:
         shutil.rmtree(work, ignore_errors=True)
         try:
             self._save_result(work)
-            if self.plan.run.method.kind in ADAPTERS:  # the adapter's files hold it rotated or joined with others
+            if method.of(self.plan.method).adapter:  # the adapter's files hold it rotated or joined with others
                 trained = {name: parameter.detach().cpu() for name, parameter in self.parameters.items()}
                 methods.write_tensors(trained, work / "trained.safetensors")
             tensors, numbers = optimizer.state_of(self.optimizer, self.parameters)
@@ -751,7 +731,8 @@ class _Training:
         training = self.model.training
         self.model.eval()
         # Before training is before the prefix, too: unlike LoRA, it changes answers from the start.
-        untouched = methods.prefix.disabled(self.model) if when == "before" else contextlib.nullcontext()
+        apart = when == "before" and method.of(self.plan.method).changes_at_start
+        untouched = methods.disabled(self.model) if apart else contextlib.nullcontext()
         with untouched:
             asked = answer(self.model, self.plan.template, [q.ids for q in questions], Sampling(max_new_tokens=64), done=done)
             for i, text in asked:

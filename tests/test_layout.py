@@ -47,6 +47,7 @@ ORDER = [
     "families.alibi",
     "families.baichuan",
     "families",
+    "method",
     "layers",
     "prefix",
     "tensors",
