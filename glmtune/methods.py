@@ -298,9 +298,7 @@ def hold_start(model: nn.Module, options: Any, keep: bool = False, file: Path | 
             same = {n for n in held.kept if n in saved and saved[n].shape == held.kept[n].shape}
             wrong = sorted((held.kept.keys() | saved.keys()) - same)
             if wrong:
-                raise UserError(
-                    f"{file} is not where this run began: {wrong[0]} is missing, of another size or too much"
-                )
+                raise UserError(f"{file} is not where this run began: {wrong[0]} is missing, of another size or too much")
             for name, tensor in held.kept.items():
                 tensor.copy_(
                     saved[name]
