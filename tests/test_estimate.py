@@ -1,16 +1,18 @@
 """The estimate: its arithmetic by hand, that it knows which path a run takes, and that its advice is right."""
 
 import itertools
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from glmtune import estimate, plan, training
+from glmtune import estimate, families, method, methods, plan, training
 from glmtune.errors import UserError
 from glmtune.estimate import Setting, Shape
-from glmtune.run import load_run
+from glmtune.method import lora_size
+from glmtune.run import Lora, load_run
 
 from . import tiny
 
@@ -71,12 +73,12 @@ def test_only_the_trained_blocks_keep_anything():
 
 
 def test_a_cpus_heap_has_a_hole_for_every_tensor_of_a_pass():
-    for method in ("lora", "prefix", "freeze", "full"):
-        card, cpu = (estimate.memory(TINY, setting(method, cpu=cpu)) for cpu in (False, True))
+    for kind in ("lora", "prefix", "freeze", "full"):
+        card, cpu = (estimate.memory(TINY, setting(kind, cpu=cpu)) for cpu in (False, True))
         made = card.pop("activations") - HEAD
         assert cpu.pop("activations") - HEAD == pytest.approx((1 + estimate.HOLES) * made)
         assert cpu == card
-        again = [estimate.memory(TINY, setting(method, cpu=cpu, checkpointing=True))["activations"] for cpu in (False, True)]
+        again = [estimate.memory(TINY, setting(kind, cpu=cpu, checkpointing=True))["activations"] for cpu in (False, True)]
         assert again[1] - again[0] == pytest.approx(estimate.HOLES * made)  # what is made again leaves the same holes
 
 
@@ -91,37 +93,93 @@ def places(tmp_path_factory) -> tuple[Path, Path]:
     return tiny.llama(folder / "model"), tiny.write_rows(folder / "rows.jsonl", tiny.rows(4))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        [],
-        ["precision=bf16"],
-        ["precision=fp16"],
-        ["method.share_a=true"],
-        ["method.rslora=true"],
-        ["method.targets=[q_proj]"],
-        ["method.dropout=0.1"],
-        ["method.dora=true"],
-        ["method.pissa=true"],
-        ["method.modules_to_save=[norm]"],
-        ["neftune=5"],
-        ["checkpointing=true"],
-        ["quant=int8"],
-        ["method=prefix"],
-        ["method=freeze", "method.last=1"],
-        ["method=full"],
-    ],
-)
-def test_it_knows_the_path_that_a_run_takes(places, options):
-    model, rows = places
+def taken(model: Path, rows: Path, *options: str) -> tuple[str | None, str]:
+    """Why not the fused path, as it is told without the model; and the path that the run takes."""
     usual = [] if any(option.startswith("precision") for option in options) else ["precision=fp32"]
     run = load_run(
         None, [f"model={model}", f"data={rows}", "out=(none)", "samples=[]", "report_to=[]", "device=cpu", *usual, *options]
     )
     made = plan.make(run)
     settings = training.resolve(made)
-    taken = training._Training(made, settings, Path("(none)"), training.Screen()).forward.path
-    assert training._fused(made, settings) == (taken == "fused")
+    told = method.why_modules(run, made.method, families.config_of(model), settings, made.longest)
+    assert training._fused(made, settings) == (told is None)
+    return told, training._Training(made, settings, Path("(none)"), training.Screen()).forward.path
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ([], None),
+        (["precision=bf16"], None),
+        (["precision=fp16"], "fp16"),
+        (["method.share_a=true"], None),
+        (["method.rslora=true"], None),
+        (["method.targets=[q_proj]"], None),
+        (["method.dropout=0.1"], "dropout"),
+        (["method.dora=true"], "DoRA"),
+        (["method.pissa=true"], "PiSSA"),
+        (["method.under=[ADAPTER]"], "beneath"),
+        (["method.start=ADAPTER"], None),
+        (["method.start=LENGTHS"], "DoRA"),
+        (["method.modules_to_save=[norm]"], "whole"),
+        (["neftune=5"], "NEFTune"),
+        (["checkpointing=true"], "checkpointing"),
+        (["quant=int8"], "int8"),
+        (["method=prefix"], "method prefix"),
+        (["method=freeze", "method.last=1"], "method freeze"),
+        (["method=full"], "method full"),
+    ],
+    ids=str,
+)
+def test_it_knows_the_path_that_a_run_takes(places, tmp_path, options, why):
+    model, rows = places
+    for name in ("ADAPTER", "LENGTHS"):
+        if any(name in option for option in options):
+            lora, made = Lora(dora=name == "LENGTHS"), families.load_model(model, device="cpu")
+            methods.prepare(made, made.dtype)
+            methods.attach(made, lora, 0)
+            methods.save_adapter(made, tmp_path / name, lora, str(model))
+    told, path = taken(
+        model,
+        rows,
+        *(option.replace("ADAPTER", f"{tmp_path}/ADAPTER").replace("LENGTHS", f"{tmp_path}/LENGTHS") for option in options),
+    )
+    assert (told is None) == (why is None) == (path == "fused")
+    assert why is None or (told and why in told)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "why"),
+    [
+        ("llama", {"hidden_act": "gelu"}, "gelu"),
+        ("llama", {"attention_dropout": 0.1}, "attention_dropout"),
+        ("mistral", {"sliding_window": 16}, "slides over 16"),
+        ("mistral", {"sliding_window": 500}, None),
+        ("mistral", {"sliding_window": None}, None),
+        ("qwen2", {"sliding_window": 16}, None),
+        ("qwen2", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1}, "slides over 16"),
+        ("qwen2", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 2}, None),
+        ("qwen3", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 0}, "slides over 16"),
+        ("gemma", {}, "no fused block"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("bare", [False, True], ids=["", "bare"])
+def test_it_knows_the_path_of_a_model(places, tmp_path, kind, changes, why, bare):
+    """Also where config.json leaves out what transformers works out itself."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _, rows = places
+    sizes = {"vocab_size": 352, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "head_dim": 8, "max_position_embeddings": 512, "eos_token_id": 2, "pad_token_id": 0, "bos_token_id": 1}  # fmt: skip
+    folder = tiny.tokenizer(tmp_path / "model")
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **changes)).save_pretrained(folder)
+    if bare:
+        named = {"model_type": kind, "architectures": json.loads((folder / "config.json").read_text())["architectures"]}
+        (folder / "config.json").write_text(json.dumps({**named, **sizes, **changes}))
+    told, path = taken(folder, rows)
+    assert (told is None) == (why is None) == (path == "fused")
+    assert why is None or (told and why in told)
 
 
 def taking(shape: Shape, how: Setting, advice: str) -> tuple[Shape, Setting]:
@@ -129,7 +187,7 @@ def taking(shape: Shape, how: Setting, advice: str) -> tuple[Shape, Setting]:
     for word in advice.split():
         name, value = word.split("=")
         if name == "method":
-            shape, how = replace(shape, trainable=estimate.lora_size(shape)), replace(how, method=value, depth=1.0)
+            shape, how = replace(shape, trainable=lora_size(shape)), replace(how, method=value, depth=1.0)
         elif name == "optim":
             how = replace(how, optimizer=value)
         elif name == "optim.micro_tokens":

@@ -134,3 +134,26 @@ def test_no_code_of_a_checkpoint_and_no_pickle():
                 continue
             allowed = banned == "eval(" and (".eval()" in text)
             assert allowed or banned not in text, (name, banned)
+
+
+OURS = {
+    "method",
+    "methods",
+    "prefix",
+    "adapters",
+    "run",
+    "oldruns",
+}  # the record's own functions, the options, and other tools' words
+
+
+@pytest.mark.parametrize("name", sorted(set(FILES) - OURS))
+def test_only_its_record_knows_what_a_method_is(name):
+    """No comparison with a method's kind, no `isinstance` of its options, no list of kinds."""
+    kinds, classes = {"lora", "prefix", "freeze", "full"}, {"Lora", "Prefix", "Freeze", "Full"}
+    for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Compare):
+            sides = {ast.unparse(side).split(".")[-1] for side in (node.left, *node.comparators)}
+            words = {leaf.value for leaf in ast.walk(node) if isinstance(leaf, ast.Constant) and isinstance(leaf.value, str)}
+            assert not (words & kinds and sides & {"kind", "method"}), ast.unparse(node)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
+            assert not classes & {leaf.id for leaf in ast.walk(node) if isinstance(leaf, ast.Name)}, ast.unparse(node)
