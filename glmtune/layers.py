@@ -117,7 +117,9 @@ class Linear(nn.Linear):
         """
         assert self.lora_A is not None and self.lora_B is not None
         if self._squares is None:
-            self._squares = self.dense().square().sum(-1)
+            weight = self.weight.detach() if self.packed is None else self.dense()
+            # A few rows at a time: whole squares of each layer would leave holes of its size in a CPU's heap (estimate.HOLES).
+            self._squares = torch.cat([rows.float().square().sum(-1) for rows in weight.split(64)])
         A, B = self.lora_A.float(), self.lora_B.float() * self.scaling
         if self.under is not None:
             A, B = torch.cat([A, self.under[0]]), torch.cat([B, self.under[1]], 1)
