@@ -70,18 +70,21 @@ def main() -> None:
 
 def trained(made) -> tuple[list[float], float]:
     """Training losses by step, and the held-out loss after the last; inf where training diverged."""
-    from glmtune import training
+    from glmtune import settings as decided
     from glmtune.errors import UserError
+    from glmtune.loop import Loop
+    from glmtune.progress import Screen
+    from glmtune.session import Session
 
-    settings = training.resolve(made)
-    session = training._Training(made, settings, Path("(none)"), training.Screen())
+    settings = decided.resolve(made)
+    loop = Loop(Session(made, settings, Path("(none)"), Screen()))
     losses: list[float] = []
     try:
         for step in range(settings["steps"]):
-            losses.append(session._step(step, settings["steps"])["loss"])
+            losses.append(loop.step(step, settings["steps"])["loss"])
     except UserError:  # the loss is no finite number any more
         return [*losses, float("inf")], float("inf")
-    return losses, session._evaluate()
+    return losses, loop.evaluate()["eval_loss"]
 
 
 main()

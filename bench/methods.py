@@ -70,8 +70,12 @@ def main() -> None:
 
 def measure(options: argparse.Namespace) -> None:
     """One method, in this process; the last line of its output is what it found."""
-    from glmtune import plan, training
+    from glmtune import plan
+    from glmtune import settings as decided
+    from glmtune.loop import Loop
+    from glmtune.progress import Screen
     from glmtune.run import load_run
+    from glmtune.session import Session
 
     def source(file: str, rows: int) -> str:
         return json.dumps([{"path": file, "max_samples": rows, "columns": {"prompt": "question", "response": "answer"}}])
@@ -91,25 +95,25 @@ def measure(options: argparse.Namespace) -> None:
             ],
         )
     )
-    settings = training.resolve(made)
-    session = training._Training(made, settings, Path("(none)"), training.Screen())
-    start = session._evaluate()  # of the model as it is; packed weights and a new prefix change it before the first step
+    settings = decided.resolve(made)
+    loop = Loop(Session(made, settings, Path("(none)"), Screen()))
+    start = loop.evaluate()["eval_loss"]  # of the model as it is; packed weights and a new prefix change it before the first step
     rows = []
     for step in range(settings["steps"]):
         began, cpu = time.monotonic(), cpu_seconds()
-        row = session._step(step, settings["steps"])
+        row = loop.step(step, settings["steps"])
         rows.append({**row, "seconds": time.monotonic() - began, "cpu": cpu_seconds() - cpu})
     steady = rows[WARM:]
     found = {
         "steps": len(rows), "batch": made.run.optim.batch_size, "tokens": sum(row["tokens"] for row in rows),
         "threads": settings["threads"], "precision": settings["precision"], "before": start,
-        "trained": sum(p.numel() for p in session.parameters.values()), "lr": settings["lr"],
+        "trained": sum(p.numel() for p in loop.session.parameters.values()), "lr": settings["lr"],
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
         "speed": sum(row["tokens"] for row in steady) / sum(row["seconds"] for row in steady),
         "per_cpu": sum(row["tokens"] for row in steady) / sum(row["cpu"] for row in steady),
         "seconds": sum(row["seconds"] for row in rows), "last": sum(row["loss"] for row in rows[-4:]) / len(rows[-4:]),
     }  # fmt: skip
-    print(json.dumps({**found, "after": session._evaluate()}))
+    print(json.dumps({**found, "after": loop.evaluate()["eval_loss"]}))
 
 
 def cpu_seconds() -> float:

@@ -62,7 +62,7 @@ def parts(work: Path) -> None:
         return timed
 
     began = time.monotonic()
-    from glmtune import families, plan, report, training
+    from glmtune import families, loop, plan, probes, progress, report, session, training
     from glmtune.run import load_run
 
     spent["import glmtune (light)"] = time.monotonic() - began
@@ -75,11 +75,11 @@ def parts(work: Path) -> None:
         spent[name] = time.monotonic() - step
     plan.make = clock("read, check and encode rows", plan.make)
     families.load_model = clock("load the model", families.load_model)
-    training._Training._ask = clock("answers before and after", training._Training._ask)
-    training._Training._step = clock("training steps", training._Training._step)
-    training._Training._save = clock("checkpoints", training._Training._save)
-    training._Training._save_result = clock("saving the adapter (inside checkpoints too)", training._Training._save_result)
-    training._trackers = clock("TensorBoard", lambda *args, inner=training._trackers: list(inner(*args)))
+    probes.ask = clock("answers before and after", probes.ask)
+    loop.Loop.step = clock("training steps", loop.Loop.step)
+    session.Session.save = clock("checkpoints", session.Session.save)
+    session.Session.save_result = clock("saving the adapter (inside checkpoints too)", session.Session.save_result)
+    progress.trackers = clock("TensorBoard", lambda *args, inner=progress.trackers: list(inner(*args)))
     report.write = clock("report.html and loss.png", report.write)
     training.train(load_run(None, [f"model={work / 'model'}", f"data={work / 'rows.jsonl'}", f"out={work / 'parts'}"]))
     total = time.monotonic() - began

@@ -110,16 +110,17 @@ def show(
     if not 0 <= sample < len(made.examples):
         raise UserError(f"--sample {sample}: there are {len(made.examples)} rows, 0 to {len(made.examples) - 1}")
     example = made.examples[sample]
-    from . import estimate, families, training
+    from . import estimate, families
+    from .settings import line, resolve, setting
 
-    settings_ = training.resolve(made)
-    how = training.setting(made, settings_)
+    chosen = resolve(made)
+    how = setting(made, chosen)
     need = estimate.memory(made.shape, how)
-    rate = estimate.matmul_rate(families.pick_device(settings_["device"]), settings_["precision"])
+    rate = estimate.matmul_rate(families.pick_device(chosen["device"]), chosen["precision"])
     epoch = estimate.seconds(made.shape, how, sum(made.lengths), made.examples.num_learned, rate)
     if json_:
         found = {
-            "run": run.model_dump(mode="json", serialize_as_any=True), "resolved": settings_, "rows": len(made.examples), "dev_rows": len(made.dev or ()),
+            "run": run.model_dump(mode="json", serialize_as_any=True), "resolved": chosen, "rows": made.examples.num_rows, "sequences": len(made.examples), "dev_rows": made.dev.num_rows if made.dev else 0,
             "tokens": sum(made.lengths), "learned_tokens": made.examples.num_learned, "longest": max(made.lengths),
             "trainable": made.shape.trainable, "parameters": made.shape.parameters, "memory_gb": round(sum(need.values()) / 1e9, 2), "seconds_per_epoch": round(epoch, 1),
             "notes": made.notes, "sample": {"where": example.where, "ids": example.ids, "labels": example.labels},
@@ -141,7 +142,7 @@ def show(
     changed = options.changed(options.plain(run), options.plain(type(run).model_construct(model="", data=[], out=run.out)))
     screen.console.print(Text("options that differ from the defaults:", "cyan"))
     screen.console.print(Text(yaml.safe_dump(changed, sort_keys=False, allow_unicode=True).rstrip()))
-    screen.console.print(training.settings_line(settings_), markup=False)
+    screen.console.print(line(chosen), markup=False)
     screen.console.print(screen.needs(need, epoch, rate), markup=False)
 
 

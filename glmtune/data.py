@@ -435,7 +435,8 @@ def _file_notes(file: File, used: Counter[str], forms: list[Form], keys: Counter
     known = {key for form in forms for key in form.names.values()}
     unused = [key for key in keys if key not in known]
     if unused and used and all(form.names for form in forms):
-        line += f"; keys not used: {', '.join(unused[:8])}"
+        what = "keys that stay with the row, for rewards and scores" if want == "prompts" else "keys not used"
+        line += f"; {what}: {', '.join(unused[:8])}"
     more = [note if note.startswith(file.name) else f"{file.name}: {note}" for note in file.notes]
     if want == "answers" and "label" in unused:
         more.append(f"{file.name}: the key 'label' is not used: if it marks good and bad answers (KTO), both are learned here")

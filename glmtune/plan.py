@@ -76,7 +76,7 @@ def make(run: Run, say: Callable[[str], None] = lambda text: None, progress: Pro
     if run.eval.data:
         held, place = _found(run, run.eval.data, say)
         other = tokenised(replace(wanted_rows, sources=held, all_variables=False, stored=place), say=say, progress=progress)
-        dev = Chosen(other, np.arange(len(other)))
+        dev = Chosen.rows_of(other, STAGES[run.stage.kind].whole)
         notes += [f"dev: {note}" for note in [*other.about["notes"], *_said(other)]]
     elif dev is not None:
         notes.append(
@@ -265,18 +265,10 @@ def _said(made: Store) -> list[str]:
 
 def _sides(run: Run, made: Store, found: Sequence[sources.Found]) -> tuple[Chosen, Chosen | None]:
     """What is learned, in the order and as often as the sources' weights say; and with eval.share the rows that are kept apart."""
-    rows = made.arrays["row"]
-    starts = np.flatnonzero(np.diff(rows, prepend=-1))  # the first sequence of every row
+    rows, starts, whole = made.arrays["row"], made.row_starts, STAGES[run.stage.kind].whole
     dev = np.zeros(len(starts), dtype=bool)
     if run.eval.share:
         dev = np.array(mixing.split_hashes(made.arrays["hash"][starts].tolist(), run.eval.share), dtype=bool)
-    ends = np.append(starts[1:], len(rows))
-
-    def sequences(chosen: Any) -> np.ndarray:
-        if len(starts) == len(rows):  # one sequence a row
-            return np.asarray(chosen, dtype=np.int64)
-        return np.concatenate([np.arange(int(starts[i]), int(ends[i])) for i in chosen] or [np.zeros(0, dtype=np.int64)])
-
     train = np.flatnonzero(~dev)
     counts = [
         int(np.count_nonzero((rows[starts[train]] >= span["start"]) & (rows[starts[train]] < span["start"] + span["count"])))
@@ -284,7 +276,7 @@ def _sides(run: Run, made: Store, found: Sequence[sources.Found]) -> tuple[Chose
     ]
     # A tokenised folder keeps no sources: its rows stand as they were made.
     order = mixing.mix(counts, found, run.seed, run.mixing_temperature) if found else np.arange(len(train))
-    return Chosen(made, sequences(train[order])), Chosen(made, sequences(np.flatnonzero(dev))) if dev.any() else None
+    return Chosen.rows_of(made, whole, train[order]), Chosen.rows_of(made, whole, np.flatnonzero(dev)) if dev.any() else None
 
 
 def _learning_rate(run: Run) -> list[str]:

@@ -290,7 +290,7 @@ class Form(Options):
 
 
 class Resolved(TypedDict, total=False):
-    """What train chose (training.resolve). Not every version chose the same, so names may be missing here, and others are passed over."""
+    """What train chose (settings.resolve). Not every version chose the same, so names may be missing here, and others are passed over."""
 
     __pydantic_config__ = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)  # type: ignore
 

@@ -15,8 +15,8 @@ from rich.text import Text
 from . import __version__, estimate
 from .chat import Template
 from .plan import Plan
+from .progress import Report, Screen
 from .records import Example
-from .training import Report, Screen
 
 console = Console(highlight=False, soft_wrap=False)
 BARS = " ▁▂▃▄▅▆▇█"
@@ -85,10 +85,12 @@ def print_plan(made: Plan) -> None:
     )
     for note in made.notes:
         console.print(Text(note, "yellow" if note.startswith("warning") else ""))
+    rows, sequences = made.examples.num_rows, len(made.examples)
+    rows_and_sequences = f"{rows} rows" + (f" ({sequences} sequences)" if sequences != rows else "")
     learned = made.examples.num_learned
     total = sum(made.lengths)
     console.print(
-        f"{len(made.examples)} sequences, {total} tokens, {learned} of them learned ({100 * learned / total:.0f} %); lengths {histogram(made.lengths)}"
+        f"{rows_and_sequences}, {total} tokens, {learned} of them learned ({100 * learned / total:.0f} %); lengths {histogram(made.lengths)}"
     )
     share = 100 * shape.trainable / shape.parameters
     what = _trained(made)

@@ -90,7 +90,7 @@ def is_store(path: str) -> bool:
 def _opened(wanted: Wanted, path: Path) -> Store:
     """A folder that `glmtune data tokenize --to` made, here or on another machine."""
     found = Store.open(path)
-    if found is None:
+    if found is None or (dict(found.columns) != dict(STAGES[wanted.stage].columns) and found.about["stage"] == wanted.stage):
         raise UserError(f"{path} is damaged, or made by another version; make it again: glmtune data tokenize ... --to DIR")
     for name, here in _about(wanted).items():
         if found.about[name] != here:
@@ -133,7 +133,7 @@ def _make(wanted: Wanted, key: str, place: Path, kept: bool, say: Callable[[str]
             if writer is None and (kept or tally.rows >= KEEP):
                 try:
                     place.parent.mkdir(parents=True, exist_ok=True)
-                    writer = Writer(place)
+                    writer = Writer(place, STAGES[wanted.stage].columns)
                 except OSError:
                     if kept:
                         raise UserError(f"{place} cannot be written; choose another folder") from None
@@ -178,7 +178,7 @@ def _encode(lot: data.Lot) -> tuple[Block, Tally, data.Read]:
             tally.counts[f"rows: {reason}"] += 1
     tally.made = len(made)
     read.records = []
-    return Block.of(made), tally, read
+    return Block.of(made, stage.columns), tally, read
 
 
 def _encoded(stream: data.Stream, wanted: Wanted, workers: int) -> Iterator[tuple[Block, Tally, float | None]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from glmtune import estimate, plan, training
+from glmtune import estimate, plan, progress, session, settings
 from glmtune.errors import UserError
 from glmtune.estimate import Setting, Shape
 from glmtune.run import load_run
@@ -119,9 +119,9 @@ def test_it_knows_the_path_that_a_run_takes(places, options):
         None, [f"model={model}", f"data={rows}", "out=(none)", "samples=[]", "report_to=[]", "device=cpu", *usual, *options]
     )
     made = plan.make(run)
-    settings = training.resolve(made)
-    taken = training._Training(made, settings, Path("(none)"), training.Screen()).forward.path
-    assert training._fused(made, settings) == (taken == "fused")
+    chosen = settings.resolve(made)
+    taken = session.Session(made, chosen, Path("(none)"), progress.Screen()).forward.path
+    assert settings._fused(made, chosen) == (taken == "fused")
 
 
 def taking(shape: Shape, how: Setting, advice: str) -> tuple[Shape, Setting]:

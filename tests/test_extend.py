@@ -4,10 +4,11 @@ from typing import Literal
 
 import torch
 
-from glmtune import forms, methods, run, stages, training
+from glmtune import forms, methods, run, stages
 from glmtune.options import Options
 from glmtune.records import Conversation, Turn
 from glmtune.run import load_run
+from glmtune.runfolder import read_jsonl
 from glmtune.training import train
 
 from . import tiny
@@ -33,7 +34,9 @@ def test_a_new_format_method_and_stage(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setitem(run.METHODS, "norms", NormsOnly)
     monkeypatch.setitem(run.DEFAULT_LR, "norms", 1e-2)
     monkeypatch.setitem(methods.METHODS, "norms", attach_norms)
-    doubled = stages.Stage("answers", stages.encode_conversation, lambda forward, batch: 2 * forward.nll(batch))
+    doubled = stages.Stage(
+        "answers", stages.encode_conversation, lambda forward, batch: stages.Terms({"nll": 2 * forward.nll(batch)})
+    )
 
     class Doubled(Options):
         kind: Literal["doubled"] = "doubled"
@@ -52,6 +55,6 @@ def test_a_new_format_method_and_stage(tiny_model, tmp_path, monkeypatch):
     train(load_run(None, [*common, f"out={tmp_path / 'a'}", "method=norms"]))
     train(load_run(None, [*common, f"out={tmp_path / 'b'}", "stage=doubled"]))
     plain = train(load_run(None, [*common, f"out={tmp_path / 'c'}"]))
-    first = [training.read_jsonl(tmp_path / name / "log.jsonl")[0]["loss"] for name in "bc"]
+    first = [read_jsonl(tmp_path / name / "log.jsonl")[0]["loss"] for name in "bc"]
     assert first[0] == torch.tensor(2 * first[1]).item() or abs(first[0] - 2 * first[1]) < 1e-4
     assert plain.steps == 2

@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from glmtune import batch, training
+from glmtune import batch, progress, runfolder
 from glmtune.errors import Interrupted, UserError
 from glmtune.run import load_run
-from glmtune.training import learning_rate, train
+from glmtune.settings import learning_rate
+from glmtune.training import train
 
 from . import tiny
 
@@ -39,7 +40,7 @@ def settings(model: Path, data: Path, out: Path, *more: str) -> list[str]:
     ]
 
 
-def go(model: Path, data: Path, out: Path, *more: str, resume: bool = False) -> training.Report:
+def go(model: Path, data: Path, out: Path, *more: str, resume: bool = False) -> progress.Report:
     return train(load_run(None, settings(model, data, out, *more)), resume=resume)
 
 
@@ -48,7 +49,7 @@ def adapter(out: Path) -> bytes:
 
 
 def log(out: Path) -> list[dict]:
-    return training.read_jsonl(out / "log.jsonl")
+    return runfolder.read_jsonl(out / "log.jsonl")
 
 
 def test_a_run_leaves_its_folder_and_learns(tiny_model, rows_file, tmp_path):
@@ -111,7 +112,7 @@ def test_interrupted_and_resumed_is_bit_identical(tiny_model, rows_file, tmp_pat
     more = ["eval.share=0.2", "optim.epochs=3", *more]
     go(tiny_model, rows_file, tmp_path / "straight", *more)
 
-    class Stop(training.Screen):
+    class Stop(progress.Screen):
         def step(self, row, total):
             if row["step"] in (2, 5):
                 os.kill(os.getpid(), signal.SIGINT)
@@ -165,7 +166,7 @@ def test_a_damaged_checkpoint_is_passed_over(tiny_model, rows_file, tmp_path):
     (tmp_path / "a" / "checkpoints" / ".part-5").mkdir()
     said = []
 
-    class Listen(training.Screen):
+    class Listen(progress.Screen):
         def say(self, text):
             said.append(text)
 
@@ -192,11 +193,11 @@ def test_a_checkpoint_that_makes_no_sense_is_passed_over(tiny_model, rows_file, 
         path = tmp_path / "a" / "checkpoints" / f"step-{step}" / "state.json"
         state = json.loads(path.read_text())
         path.write_text(json.dumps(change and state | change))
-        assert path.parent not in [found for found, _ in training._checkpoints(tmp_path / "a")]
+        assert path.parent not in [found for found, _ in runfolder.checkpoints(tmp_path / "a")]
     (tmp_path / "a" / "checkpoints" / "step-2.old").mkdir()  # a user's own
     go(tiny_model, rows_file, tmp_path / "a", *more, resume=True)
     assert adapter(tmp_path / "a") == straight
-    assert next(path.name for path, _ in training._checkpoints(tmp_path / "a")) == "step-4"
+    assert next(path.name for path, _ in runfolder.checkpoints(tmp_path / "a")) == "step-4"
 
 
 @pytest.mark.parametrize(
@@ -242,8 +243,8 @@ def test_questions_that_were_cut_off_are_told_on_resume(tiny_model, rows_file, t
 
 def test_an_answer_with_a_line_separator_is_one_line(tmp_path):
     rows = [{"after": "a\u2028b\x85c"}, {}]
-    training.write_jsonl(tmp_path / "a.jsonl", rows)
-    assert training.read_jsonl(tmp_path / "a.jsonl") == rows
+    runfolder.write_jsonl(tmp_path / "a.jsonl", rows)
+    assert runfolder.read_jsonl(tmp_path / "a.jsonl") == rows
 
 
 def test_a_run_of_a_version_that_chose_otherwise_is_continued(tiny_model, rows_file, tmp_path):

@@ -1,0 +1,131 @@
+"""What a run's `auto` and null stand for, which path computes it, and what the estimate goes by: decided here, once, before step 1.
+
+Everything follows from the machine's flags, the model and the lengths, never from timing. It is written into run.yaml and read from there on
+resume, so that a run goes on with the numbers it began with.
+"""
+
+import functools
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from . import __version__, batch, estimate, families, plan
+from .errors import UserError
+from .run import ADAPTERS, DEFAULT_LR
+from .stages import STAGES
+
+# Compiling the pointwise kernels takes 10 to 60 s and pays where a run has many tokens and its steps are not tiny (LOG.md).
+COMPILE_TOKENS, COMPILE_STEP = 40_000, 1024
+MICRO_TOKENS = 2048  # optim.micro_tokens null
+
+
+def resolve(made: plan.Plan) -> dict[str, Any]:
+    """Everything that `auto` and null stand for. Follows from the machine's flags, the model and the lengths; never from timing."""
+    import torch
+
+    run = made.run
+    device = families.pick_device(run.device)
+    precision = families.pick_precision(run.precision, device)
+    rows, size = made.examples.num_rows, run.optim.batch_size
+    steps = batch.num_steps(rows, size, run.optim.epochs, run.optim.steps)
+    tokens = sum(made.lengths) / batch.steps_per_epoch(rows, size)  # of a step, on average
+    settings = {
+        "device": str(device),
+        "precision": precision,
+        "quant": made.quant,
+        "threads": torch.get_num_threads(),
+        "micro_tokens": run.optim.micro_tokens or MICRO_TOKENS,
+        "lr": run.optim.lr or DEFAULT_LR[run.method.kind],
+        "steps": steps,
+        "checkpointing": run.checkpointing is True,
+        "compile": tokens * steps > COMPILE_TOKENS and tokens > COMPILE_STEP,
+        "data": made.examples.fingerprint,
+        "version": __version__,
+    }
+    if run.checkpointing == "auto":  # only where there is no room without
+        need = sum(estimate.memory(made.shape, setting(made, settings)).values())
+        settings["checkpointing"] = need > _free(device)
+    return settings
+
+
+@functools.cache
+def matmul_rate(device: str, precision: str) -> float:
+    """Measured once: a process that trains many runs need not wait for it each time."""
+    return estimate.matmul_rate(families.pick_device(device), precision)
+
+
+def _free(device: Any) -> int:
+    """Bytes of memory that are free on a device."""
+    import psutil
+    import torch
+
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def refuse_other_data(settings: dict[str, Any], made: plan.Plan, out: Path) -> None:
+    if settings["data"] != made.examples.fingerprint:
+        raise UserError(
+            f"the data, template or tokenizer changed since {out} was started, so it cannot be continued; put it back, or choose another out="
+        )
+
+
+def refuse_without_room(made: plan.Plan, settings: dict[str, Any], out: Path) -> None:
+    device = families.pick_device(settings["device"])
+    where = settings["device"] if device.type == "cuda" else "this machine"
+    estimate.refuse_memory(made.shape, setting(made, settings), _free(device), where)
+    kept = made.shape.trainable * 12
+    if made.run.method.kind not in ADAPTERS:
+        kept = made.shape.parameters * 4 + made.shape.trainable * 8
+    estimate.refuse_disk(out, kept, made.run.save.keep)
+
+
+def setting(made: plan.Plan, settings: dict[str, Any]) -> estimate.Setting:
+    """What the estimate goes by. Micro-batches of the module path are padded, so a few tokens more than micro_tokens can be learned."""
+    run, longest = made.run, made.longest
+    step = sum(sorted(made.examples.row_lengths)[-run.optim.batch_size :])
+    learned = made.examples.num_learned / max(1, sum(made.lengths))
+    alone = max(made.examples.row_lengths) if STAGES[run.stage.kind].together else longest  # what is never cut
+    tokens = max(alone, min(settings["micro_tokens"], step))
+    depth = 1.0
+    if run.method.kind == "freeze":
+        trained = families.frozen_choice(run.method, families.parameter_names(made.folder))
+        layers = {int(found[1]) for name in trained if (found := re.search(r"\.(\d+)\.", name))}
+        depth = 1 - min(layers, default=made.shape.layers) / made.shape.layers
+    return estimate.Setting(
+        run.method.kind, settings["precision"], settings["quant"], run.optim.kind, tokens, longest, round(tokens * learned),
+        settings["checkpointing"], _fused(made, settings), depth,
+        bool(getattr(made.method, "dropout", 0)), bool(getattr(made.method, "dora", False)), settings["device"] == "cpu",
+    )  # fmt: skip
+
+
+def _fused(made: plan.Plan, settings: dict[str, Any]) -> bool:
+    """Whether forward.choose_path will take the fused path, without a model."""
+    from . import fused
+
+    method, run = made.run.method, made.run
+    plain = method.kind == "lora" and not (method.dropout or method.dora or method.pissa or method.under or method.modules_to_save)
+    usual = families.config_of(made.folder).get("model_type") in fused.FAMILIES and settings["precision"] in ("fp32", "bf16")
+    return plain and usual and settings["device"] == "cpu" and not (run.neftune or settings["checkpointing"] or settings["quant"])
+
+
+def line(settings: dict[str, Any]) -> str:
+    return (
+        f"{settings['steps']} steps on {settings['device']} ({settings['threads']} threads), "
+        f"frozen weights {settings['quant'] or settings['precision']}, products {settings['precision']}, sums and trained weights fp32, "
+        f"lr {settings['lr']:g}{', checkpointing' if settings['checkpointing'] else ''}"
+    )
+
+
+def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: float) -> float:
+    """Of optimizer step `step` (from 0): linear warm-up, then constant, or linear or cosine down to 0 at the end.
+
+    warmup below 1 is a share of `steps`, otherwise a number of steps.
+    """
+    rising = round(warmup * steps) if warmup < 1 else round(warmup)
+    if step < rising:
+        return peak * (step + 1) / rising
+    if schedule == "constant":
+        return peak
+    share = (step - rising) / max(1, steps - rising)
+    return peak * (1 - share) if schedule == "linear" else peak * 0.5 * (1 + math.cos(math.pi * share))
