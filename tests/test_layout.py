@@ -41,6 +41,7 @@ ORDER = [
     "families.place",
     "families.vocab",
     "families.weights",
+    "families.fingerprint",
     "families.chatglm1",
     "families.chatglm",
     "families.llama",
