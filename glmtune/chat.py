@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from . import tools
+from .decoding import Decoding, beginning_of, steps
 from .errors import UserError
 from .records import Conversation, Document, Example, Learn, Piece, Turn, Vocabulary
 from .run import Form
@@ -141,6 +142,19 @@ class Tokens:
 
     def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
         return self._raw.decode(list(ids), skip_special_tokens=not keep_special)
+
+    def decoding(self) -> Decoding:
+        """`decode` of tokens that come one by one."""
+        return Decoding(self._steps, self._shown, self.decode)
+
+    @cached_property
+    def _steps(self) -> Any:
+        decoder: Any = self._raw.decoder
+        return steps(None if decoder is None else json.loads(decoder.__getstate__()))
+
+    def _shown(self, id: int) -> str | None:
+        name = self._raw.id_to_token(id)
+        return None if name in self.special else name
 
     @cached_property
     def prefix(self) -> list[int]:
@@ -726,17 +740,12 @@ class Template:
 
     def parse(self, ids: Sequence[int]) -> Turn:
         """The assistant turn that generated ids say: everything before the first stop mark."""
-        ids = list(ids)
-        cut = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
-        text = self.tokens.decode(ids[:cut])
-        lead, gap = self._around
-        text = text.removeprefix(lead)
-        return Turn("assistant", text.removesuffix(gap) if cut < len(ids) else text)
+        streamer = self.streamer()
+        return Turn("assistant", "".join([*map(streamer.add, ids), streamer.end()]))
 
-    @property
-    def gap(self) -> str:
-        """Text that the format puts between an answer and its stop mark."""
-        return self._around[1]
+    def streamer(self) -> "Streamer":
+        """`parse` of ids that are still being generated, for one answer."""
+        return Streamer(self.tokens.decoding(), frozenset(self.stop_ids), *self._around)
 
     @cached_property
     def _around(self) -> tuple[str, str]:
@@ -764,6 +773,40 @@ class Template:
         if held:
             made.append((self.tokens.decode([*before, *held], keep_special=True)[skipped:], weights[-1]))
         return made
+
+
+class Streamer:
+    """The one place where generated ids become an answer's text, piece by piece: what `add` gives for each id and `end` after the last one
+    is, joined, the text of `Template.parse`. A piece is given as soon as no later id can change it.
+
+    lead, gap: text that the format puts before an answer (one of them is taken off, where all of it is there) and before its stop mark.
+    """
+
+    def __init__(self, decoding: Decoding, stop_ids: frozenset[int], lead: str, gap: str):
+        self._decoding, self._stop_ids, self._lead, self._gap = decoding, stop_ids, lead, gap
+        self._held = ""  # what may still turn out to be the lead or the gap
+        self.stopped = False  # by a stop mark; ids behind it count for nothing
+
+    def add(self, id: int) -> str:
+        if not self.stopped:
+            self.stopped = id in self._stop_ids
+        return "" if self.stopped else self._certain(self._decoding.add(id))
+
+    def end(self) -> str:
+        """The rest. To be called once, after the last id, whether it was a stop mark or not."""
+        rest = self._certain(self._decoding.end()) + self._held
+        return rest.removesuffix(self._gap) if self.stopped else rest
+
+    def _certain(self, text: str) -> str:
+        text = self._held + text
+        if self._lead:
+            if len(text) < len(self._lead) and self._lead.startswith(text):
+                self._held = text
+                return ""
+            text, self._lead = text.removeprefix(self._lead), ""
+        kept = beginning_of(self._gap, text)
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept]
 
 
 def align(ids: list[int], weights: list[float], where: str = "") -> Example:

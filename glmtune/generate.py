@@ -116,27 +116,12 @@ def _positions(model: Any, ids: Any, mask: Any) -> Any:
 
 def stream(model: Any, template: Template, messages: Sequence[dict[str, Any]], sampling: Sampling) -> Iterator[str]:
     """The answer to one conversation, in pieces of whole characters, as they are made."""
-    ids: list[int] = []
-    sent = ""
+    streamer = template.streamer()
     for (token,) in _steps(model, [template.prompt(messages)], template.stop_ids, template.tokens.pad_id, sampling):
-        ids.append(token)
-        text = template.parse(ids).text
-        if token not in template.stop_ids:
-            text = _without_beginning_of(template.gap, text)
-        if text.endswith("\ufffd"):
-            continue  # half a character
-        if len(text) > len(sent):
-            yield text[len(sent) :]
-            sent = text
-    rest = template.parse(ids).text[len(sent) :]
-    if rest:
-        yield rest
-
-
-def _without_beginning_of(gap: str, text: str) -> str:
-    """`text` without an end that may turn out to be the blank before a stop mark."""
-    held = next((n for n in range(len(gap), 0, -1) if text.endswith(gap[:n])), 0)
-    return text[: len(text) - held]
+        if piece := streamer.add(token):
+            yield piece
+    if piece := streamer.end():
+        yield piece
 
 
 def answer(

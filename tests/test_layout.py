@@ -19,6 +19,7 @@ ORDER = [
     "run",
     "hub",
     "blocks",
+    "decoding",
     "reading",
     "sources",
     "oldruns",
