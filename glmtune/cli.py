@@ -535,7 +535,7 @@ def _encoder(model: str) -> Any:
     from .records import Document
 
     place = families.locate(model, None, _say)
-    template = families.open_template(place.tokenizer, place.template)
+    template = families.open_template(place.tokenizer, place.template, now=place.now)
 
     def encode(record: Any) -> Any:
         if isinstance(record, Document):

@@ -122,6 +122,8 @@ def train(run: Run, *, resume: bool = False, screen: Screen | None = None) -> Re
             done = _finished(out)
             screen.say(f"{out} is finished already; nothing to do")
             return done
+        if stored is not None and (began := (stored.resolved or {}).get("date")):
+            run = run.model_copy(update={"date": began})  # what the prompts of this run say, whatever the day
         made = plan.make(run, screen.say, screen.counting("rows tokenised"))
         screen.stop()
         settings = dict(stored.resolved or {}) if stored is not None else {}
@@ -226,6 +228,7 @@ def resolve(made: plan.Plan) -> dict[str, Any]:
         "checkpointing": run.checkpointing is True,
         "compile": tokens * steps > COMPILE_TOKENS and tokens > COMPILE_STEP,
         "data": made.examples.fingerprint,
+        "date": made.template.date,
         "version": __version__,
     }
     if run.checkpointing == "auto":  # only where there is no room without

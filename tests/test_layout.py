@@ -30,6 +30,7 @@ ORDER = [
     "quality",
     "check",
     "convert",
+    "rendering",
     "chat",
     "batch",
     "losses",
