@@ -138,7 +138,11 @@ class Tokens:
 
     def _encode(self, text: str, first: bool) -> list[int]:
         # The batch call leaves out offsets and is a quarter faster even for one text.
-        return (self._raw if first else self._inner).encode_batch_fast([text], add_special_tokens=False)[0].ids
+        try:
+            return (self._raw if first else self._inner).encode_batch_fast([text], add_special_tokens=False)[0].ids
+        except TypeError:
+            half = next(letter for letter in text if "\ud800" <= letter <= "\udfff")
+            raise UserError(f"a text holds U+{ord(half):04X}, half of a surrogate pair, which is not a character") from None
 
     def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
         return self._raw.decode(list(ids), skip_special_tokens=not keep_special)
