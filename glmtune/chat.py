@@ -23,10 +23,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from . import tools
+from . import rendering, tools
 from .decoding import Decoding, beginning_of, steps
 from .errors import UserError
 from .records import Conversation, Document, Example, Learn, Piece, Turn, Vocabulary
+from .rendering import jinja_renderer
 from .run import Form
 
 Message = dict[str, Any]
@@ -138,7 +139,11 @@ class Tokens:
 
     def _encode(self, text: str, first: bool) -> list[int]:
         # The batch call leaves out offsets and is a quarter faster even for one text.
-        return (self._raw if first else self._inner).encode_batch_fast([text], add_special_tokens=False)[0].ids
+        try:
+            return (self._raw if first else self._inner).encode_batch_fast([text], add_special_tokens=False)[0].ids
+        except TypeError:
+            half = next(letter for letter in text if "\ud800" <= letter <= "\udfff")
+            raise UserError(f"a text holds U+{ord(half):04X}, half of a surrogate pair, which is not a character") from None
 
     def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
         return self._raw.decode(list(ids), skip_special_tokens=not keep_special)
@@ -281,59 +286,6 @@ def form_jinja(form: Form, stop: str, prefix: str, default_system: str | None) -
     )
 
 
-def jinja_environment() -> Any:
-    """Jinja's sandbox with what transformers gives to chat templates."""
-    import jinja2
-    import jinja2.ext
-    import jinja2.nodes
-    import jinja2.sandbox
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators=None, sort_keys: bool = False) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    class Generation(jinja2.ext.Extension):
-        """`{% generation %}` marks what the assistant wrote; for rendering it is transparent."""
-
-        tags = {"generation"}  # noqa: RUF012  (Jinja's own convention)
-
-        def parse(self, parser: Any) -> Any:
-            lineno = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body, lineno=lineno)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, Generation]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment
-
-
-def jinja_renderer(source: str, variables: dict[str, Any]) -> Callable[..., str]:
-    """`render(messages, add_generation_prompt=False)`: a chat template as transformers renders it."""
-    import jinja2
-
-    environment = jinja_environment()
-    try:
-        compiled = environment.from_string(source)
-    except jinja2.TemplateError as error:
-        raise UserError(f"the model's chat template is not valid Jinja ({error}); name one: template=chatml") from None
-
-    def render(messages: list[Message], add_generation_prompt: bool = False) -> str:
-        schemas = next((message["tools"] for message in messages if message.get("tools")), None)
-        try:
-            return compiled.render(messages=messages, tools=schemas, add_generation_prompt=add_generation_prompt, **variables)
-        except (jinja2.TemplateError, TypeError, AttributeError, ValueError) as error:
-            roles = ", ".join(message["role"] for message in messages)
-            raise UserError(f"the model's chat template refuses these turns ({roles}): {error}") from None
-
-    return render
-
-
 def copies_texts(source: str) -> bool:
     """Whether a Jinja template does nothing with a message's content but write it out as it is, or ask whether it is empty. Then what one
     rendering shows of the template holds for all texts, roles and empty texts being the same.
@@ -343,7 +295,7 @@ def copies_texts(source: str) -> bool:
     """
     from jinja2 import nodes
 
-    tree = jinja_environment().parse(source)
+    tree = rendering.Environment().parse(source)
     parents = {child: node for node in _all_nodes(tree) for child in node.iter_child_nodes()}
     lists, texts = {"messages"}, set[str]()  # names of messages, one or several, and of texts
 
@@ -398,9 +350,11 @@ def copies_texts(source: str) -> bool:
             hasattr(kind, str(key)) for kind in (dict, list)
         )  # no method; what else it may name is not there, but for the role
 
-    known = 0
+    known, rounds = 0, 0
     while known != len(lists) + len(texts):  # until no name is new: a variable may be used above the place where it is set
-        known = len(lists) + len(texts)
+        known, rounds = len(lists) + len(texts), rounds + 1
+        if rounds > 20:
+            return False
         for node in _all_nodes(tree):
             name = node.attr if isinstance(node, nodes.Getattr) else node.value if isinstance(node, nodes.Const) else ""
             if name in ("previtem", "nextitem"):  # of `loop`: messages by another way
@@ -571,7 +525,14 @@ class Template:
     default_system: str | None = None
     learn: Learn = "all"
     context: bool = False  # earlier answers are text of the question, without end marks: only the last one can be learned
+    now: datetime.datetime | None = None  # what the format's clock says, in every prompt; None: it reads none
+    dates: tuple[str, ...] = ()  # what it can write of that
     differs: Counter = field(default_factory=Counter)  # rows whose ids differ from the published rendering, by reason
+
+    @property
+    def date(self) -> str | None:
+        """The clock as it is kept with what the template wrote (run option `date`)."""
+        return self.now.isoformat() if self.now is not None else None
 
     def turns(self, conversation: "Conversation | Sequence[Message]") -> tuple[Turn, ...]:
         turns = conversation.turns if isinstance(conversation, Conversation) else tuple(_turn(message) for message in conversation)
@@ -853,8 +814,12 @@ def _same(parts: list[Part], published: str) -> bool:
     )
 
 
-def choose(wanted: "str | Form", tokens: Tokens, learn: Learn = "all") -> Template:
-    """The template that an option names, bound to a tokenizer. Raises UserError when `auto` finds none, or a mark is unknown."""
+def choose(wanted: "str | Form", tokens: Tokens, learn: Learn = "all", now: datetime.datetime | None = None) -> Template:
+    """The template that an option names, bound to a tokenizer. now: what its clock says, where it has one; None: the time it is.
+
+    The clock stands still: a conversation, a data set and a run have one date, also over midnight. Raises UserError when `auto` finds
+    no template, or a mark is unknown.
+    """
     if wanted == "auto":
         if not tokens.chat_template:
             raise UserError(
@@ -862,7 +827,9 @@ def choose(wanted: "str | Form", tokens: Tokens, learn: Learn = "all") -> Templa
                 'or write your own: \'template={user: "Q: {content}\\n", assistant: "A: {content}{stop}\\n"}\''
             )
         variables = {key: tokens.name(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        render = jinja_renderer(tokens.chat_template, variables)
+        now = now or datetime.datetime.now().replace(microsecond=0)
+        render = jinja_renderer(tokens.chat_template, variables, now)
+        dates = tuple(rendering.clock_texts(tokens.chat_template, now))
         turns = (Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d"))
         context = False
         parts = jinja_parts(render, tokens.special, tokens.name("eos_token"))
@@ -876,8 +843,9 @@ def choose(wanted: "str | Form", tokens: Tokens, learn: Learn = "all") -> Templa
             tokens.special[name] for part in trial if part.kind == "stop" for name in tokens.special if part.text.endswith(name)
         }
         return Template(
-            "auto", tokens, parts, tokens.chat_template, sorted({*stops, *tokens.end_ids}), render, learn=learn, context=context
-        )
+            "auto", tokens, parts, tokens.chat_template, sorted({*stops, *tokens.end_ids}), render, learn=learn, context=context,
+            now=now if dates else None, dates=dates,
+        )  # fmt: skip
     name = wanted if isinstance(wanted, str) else "own"
     form = FORMS[wanted] if isinstance(wanted, str) else wanted
     stop = form.stop or tokens.name("eos_token")

@@ -14,6 +14,7 @@ import typer
 
 from . import __version__
 from .errors import Interrupted, UserError
+from .terminal import console, line, prepare, print, visible
 
 app = typer.Typer(
     name="glmtune", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -111,7 +112,8 @@ def show(
         raise UserError(f"--sample {sample}: there are {len(made.examples)} rows, 0 to {len(made.examples) - 1}")
     example = made.examples[sample]
     from . import estimate, families
-    from .settings import line, resolve, setting
+    from .settings import line as settings_line
+    from .settings import resolve, setting
 
     chosen = resolve(made)
     how = setting(made, chosen)
@@ -133,7 +135,7 @@ def show(
 
     screen.print_plan(made)
     if sample or len(example.ids) > 160:
-        screen.console.print(Text(f"row {sample}, {example.where}:", "cyan"))
+        screen.console.print(Text(visible(f"row {sample}, {example.where}:"), "cyan"))
         screen.console.print(screen.coloured(made.template, example))
     if tokens:
         screen.console.print(screen.token_table(made.template, example))
@@ -141,8 +143,8 @@ def show(
 
     changed = options.changed(options.plain(run), options.plain(type(run).model_construct(model="", data=[], out=run.out)))
     screen.console.print(Text("options that differ from the defaults:", "cyan"))
-    screen.console.print(Text(yaml.safe_dump(changed, sort_keys=False, allow_unicode=True).rstrip()))
-    screen.console.print(line(chosen), markup=False)
+    screen.console.print(Text(visible(yaml.safe_dump(changed, sort_keys=False, allow_unicode=True).rstrip())))
+    screen.console.print(settings_line(chosen), markup=False)
     screen.console.print(screen.needs(need, epoch, rate), markup=False)
 
 
@@ -186,7 +188,7 @@ def predict(
     join = place.join if place.join is not None else JOIN.get(str(place.template), "\n")
     found = data_module.load(sources, want="prompts", system=place.system, join=join)  # bad rows are told before the model loads
     for note in found.notes:
-        _say(note)
+        _say(line(note))
     from .loaded import load
     from .predict import predict as start
     from .screen import Terminal
@@ -461,13 +463,12 @@ def options(
     if json_:
         print(json.dumps([dict(zip(("name", "type", "default", "description"), row)) for row in chosen], ensure_ascii=False))
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("option", "type", "default", "meaning", box=None, header_style="bold", padding=(0, 1))
     for row in chosen:
         table.add_row(*(cell.replace("[", "\\[") for cell in map(repr_newlines, row)))
-    Console(highlight=False).print(table)
+    console().print(table)
 
 
 def repr_newlines(text: str) -> str:
@@ -518,9 +519,9 @@ def data_check(
         print(json.dumps(found, ensure_ascii=False))
     else:
         for problem in found["problems"]:
-            print(f"{problem['file']}:{problem['line']}: {problem['level']}: {problem['message']} [{problem['kind']}]")
+            print(line(f"{problem['file']}:{problem['line']}: {problem['level']}: {problem['message']} [{problem['kind']}]"))
         for note in found["notes"]:
-            print(note)
+            print(line(note))
         _print_lengths(found["lengths"])
         print(f"{found['rows']} rows, errors: {errors}, warnings: {len(found['problems']) - errors}")
     if fix is not None:
@@ -536,7 +537,7 @@ def _encoder(model: str) -> Any:
     from .records import Document
 
     place = families.locate(model, None, _say)
-    template = families.open_template(place.tokenizer, place.template)
+    template = families.open_template(place.tokenizer, place.template, now=place.now)
 
     def encode(record: Any) -> Any:
         if isinstance(record, Document):
@@ -554,21 +555,20 @@ def _print_lengths(lengths: dict[str, Any]) -> None:
     if not lengths:
         return
     from rich.bar import Bar
-    from rich.console import Console
     from rich.table import Table
 
     print(
         f"length in {lengths['unit']}: shortest {lengths['shortest']}, median {lengths['p50']}, "
         f"95 % up to {lengths['p95']}, longest {lengths['longest']}"
     )
-    console = Console(highlight=False)
-    if not console.is_terminal:
+    shown = console()
+    if not shown.is_terminal:
         return
     most = max(count for _, _, count in lengths["histogram"])
     table = Table.grid(padding=(0, 1))
     for low, high, count in lengths["histogram"]:
         table.add_row(f"{low}-{high}", str(count), Bar(most, 0, count, width=40, color="cyan"))
-    console.print(table)
+    shown.print(table)
 
 
 @data_app.command("stats", epilog="Example:  glmtune data stats train.json more.jsonl --model smollm2-135m-instruct")
@@ -597,7 +597,7 @@ def data_stats(
         print(f"tokens: {learned['tokens']}, learned {learned['learned']} ({learned['share']:.1%})")
     _print_lengths(found["lengths"])
     for note in found["notes"]:
-        print(note)
+        print(line(note))
 
 
 @data_app.command("convert", epilog="Example:  glmtune data convert train.json --to messages --out train.messages.jsonl")
@@ -647,7 +647,7 @@ def data_tokenize(
         print(json.dumps(found, ensure_ascii=False))
         return
     for note in [*made.about["notes"], *(f"{n} {why}" for why, n in made.about["counts"].items())]:
-        print(note)
+        print(line(note))
     print(
         f"{found['rows']} rows, {found['sequences']} sequences, {found['tokens']} tokens ({found['learned_tokens']} learned) in {made.folder}"
     )
@@ -820,6 +820,10 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     usage: Any = typer.BadParameter.__base__  # click's UsageError, of whichever click typer carries
     try:
+        prepare()
+        for given in sys.argv[1:] if arguments is None else arguments:
+            if any("\ud800" <= letter <= "\udfff" for letter in given):
+                raise UserError(f"the argument '{given}' is not UTF-8 text; write it in UTF-8, or rename the file")
         code = app(args=arguments, prog_name="glmtune", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except UserError as error:
@@ -847,11 +851,11 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(2)
         import traceback
 
-        traceback.print_exc()
+        print(traceback.format_exc(), file=sys.stderr, end="")
         print(f"\nThis is a defect of glmtune {__version__}, not of your input. Please report the lines above.", file=sys.stderr)
         sys.exit(1)
 
 
 def _fail(message: str) -> None:
     red, plain = ("\033[1;31m", "\033[0m") if sys.stderr.isatty() else ("", "")
-    print(f"{red}error:{plain} {message}", file=sys.stderr)
+    sys.stderr.write(f"{red}error:{plain} {visible(message)}\n")

@@ -129,7 +129,7 @@ def model(name: str | Path, say=lambda text: None) -> dict[str, Any]:
         found["their published names"] = ", ".join(f"{old} = {'+'.join(new)}" for old, new in names.items())
     if families.has_tokenizer(place.tokenizer):
         try:
-            template = families.open_template(place.tokenizer, place.template)
+            template = families.open_template(place.tokenizer, place.template, now=place.now)
         except UserError as error:
             tokens = families.open_tokens(place.tokenizer)
             found["chat format"] = str(error).splitlines()[0]

@@ -60,7 +60,9 @@ def export(
     place = families.locate(model, adapter, say)
     if unmerged and place.adapter is None:
         raise UserError(f"{model} has no adapter that could be left unmerged; leave --unmerged out")
-    template = families.open_template(place.tokenizer, place.template) if families.has_tokenizer(place.tokenizer) else None
+    template = (
+        families.open_template(place.tokenizer, place.template, now=place.now) if families.has_tokenizer(place.tokenizer) else None
+    )
     if single:
         return _to_gguf(place, template, to, outtype or "f16", rounding, say)
     loaded = families.load_model(place.base, dtype=dtype, device="cpu")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
+from . import terminal
 from .errors import UserError
 
 PAUSES = (1, 2, 4, 8)  # seconds before each new try of a broken connection; from the start again once bytes have come
@@ -412,7 +413,6 @@ def _fetch_all(repo: Repo, files: Sequence[File], folder: Path, client: Any, say
 
 def _transfer(repo: Repo, files: Sequence[File], folder: Path, client: Any, say) -> None:
     from rich import progress
-    from rich.console import Console
 
     files = [file for file in files if not _have(file)]
     total = sum(file.size or 0 for file in files)
@@ -428,7 +428,7 @@ def _transfer(repo: Repo, files: Sequence[File], folder: Path, client: Any, say)
     columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.DownloadColumn())
     columns += (progress.TransferSpeedColumn(), progress.TimeRemainingColumn())
     done = 0
-    with progress.Progress(*columns, console=Console(stderr=True), transient=True, disable=not seen) as bar:
+    with progress.Progress(*columns, console=terminal.console(stderr=True), transient=True, disable=not seen) as bar:
         task = bar.add_task("", total=total)
         for number, file in enumerate(files, 1):
             if not seen and (file.size or 0) > 10_000_000:

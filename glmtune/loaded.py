@@ -69,7 +69,10 @@ def load(
         roomy = target.type == "cpu" and families.num_parameters(place.base) * 4 < psutil.virtual_memory().total / 3
         dtype = torch.float32 if roomy or not families.fast_bf16(target) else torch.bfloat16
     dtype = families.as_dtype(dtype)
-    template = families.open_template(place.tokenizer, place.template)
+    template = families.open_template(place.tokenizer, place.template, now=place.now)
+    if template.dates:
+        when = "when this run was started" if place.now is not None else "today"
+        say(f"the chat format writes the date into prompts: {', '.join(template.dates)} ({when})")
     model = families.load_model(place.base, dtype=dtype, device=target, quant=None if quant == "none" else quant)
     methods.prepare(model, dtype)
     model.generation_config.eos_token_id = template.stop_ids  # model.generate ends where chat does

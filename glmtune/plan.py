@@ -17,10 +17,10 @@ from . import data, estimate, families, mixing, options, sources
 from .chat import JOIN, Template
 from .errors import UserError
 from .records import Conversation
-from .run import DEFAULT_LR, Run, Source
+from .run import DEFAULT_LR, Run, Source, moment
 from .stages import STAGES, Limits
 from .store import Chosen, Store
-from .tokenise import Progress, Wanted, is_store, tokenised
+from .tokenise import Progress, Wanted, date_of, is_store, tokenised
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,11 @@ def make(run: Run, say: Callable[[str], None] = lambda text: None, progress: Pro
     reading = {"system": run.system, "variables": run.variables, "join": wanted_rows.join}
     train = tokenised(wanted_rows, say=say, progress=progress)
     notes = [*train.about["notes"], *_said(train)]
+    if template.now is not None:
+        notes.append(
+            f"the chat format writes the date into prompts, here {', '.join(template.dates)}; the same run on another day needs "
+            f"date={run.date or template.now.date().isoformat()}"
+        )
     examples, dev = _sides(run, train, wanted_rows.sources)
     if run.eval.data:
         held, place = _found(run, run.eval.data, say)
@@ -223,12 +228,13 @@ def _trainable(method: Any, folder: Path, shapes: dict[str, list[int]]) -> int:
 def wanted(run: Run, say: Callable[[str], None]) -> tuple[Path, Wanted]:
     """The base model's folder, and the sequences that a run learns from."""
     folder = families.resolve(run.model, say)
-    template = families.open_template(folder, run.template, learn=getattr(run.stage, "learn", "all"))
+    found, place = _found(run, run.data, say)
+    now = moment(run.date if run.date is not None or place is None else date_of(place))
+    template = families.open_template(folder, run.template, learn=getattr(run.stage, "learn", "all"), now=now)
     # Rotary positions go on past what a model was made for, with worse results; a table of positions ends.
     rotary = any(key.startswith(("rope", "position_encoding")) for key in families.config_of(folder))
     limits = Limits(run.max_length, run.too_long, None if rotary else families.reads_at_most(folder))
     join = run.join if run.join is not None else JOIN.get(str(run.template), "\n")
-    found, place = _found(run, run.data, say)
     return folder, Wanted(found, run.stage.kind, template, limits, run.system, run.variables, join, stored=place)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from .errors import UserError, did_you_mean
 from .loaded import Loaded
 from .screen import console, is_interactive
+from .terminal import quiet, read_line
 
 COMMANDS = {
     "/clear": "forget the conversation",
@@ -18,10 +19,6 @@ COMMANDS = {
     "/help": "show this list",
     "/exit": "leave (also Ctrl-D)",
 }
-
-
-# What a model writes must not steer the terminal.
-CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 
 
 @dataclass
@@ -44,7 +41,7 @@ class Chat:
         try:
             for piece in self.loaded.stream(self.all_messages(), **self.sampling):
                 made += piece
-                sys.stdout.write(piece.translate(CONTROLS))
+                sys.stdout.write(quiet(piece))
                 sys.stdout.flush()
         except KeyboardInterrupt:
             sys.stdout.write(" [stopped]")
@@ -102,31 +99,22 @@ class Chat:
 
 def run(chat: Chat) -> None:
     """Reads lines until the end. A line that is not a /command is a question."""
-    ask = _terminal_input() if is_interactive() else _piped_input
+    ask = _terminal_input() if is_interactive() else read_line
     if is_interactive():
         console.print("Ask something. /help lists the commands, /exit or Ctrl-D leaves.", style="dim")
     while True:
         try:
-            line = ask().strip()
-        except (EOFError, KeyboardInterrupt):
-            return
-        if not line:
-            continue
-        try:
+            try:
+                line = ask().strip()
+            except (EOFError, KeyboardInterrupt):
+                return
             if line.startswith("/"):
                 if not chat.command(line):
                     return
-            else:
+            elif line:
                 chat.reply(line)
         except UserError as error:
             console.print(str(error), style="red", markup=False)
-
-
-def _piped_input() -> str:
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    return line
 
 
 def _terminal_input() -> Any:

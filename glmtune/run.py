@@ -4,16 +4,17 @@ Light on purpose (no torch): a wrong run file must fail before anything heavy is
 gets that group only; nothing but this file sees all options together.
 """
 
+import datetime
 from collections.abc import Iterable
 from glob import glob
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
 from . import options
-from .errors import UserError
+from .errors import UserError, shown
 from .options import Choice, Options
 from .records import Learn
 
@@ -289,6 +290,24 @@ class Form(Options):
         return _real_newlines(text) or ""
 
 
+def moment(date: str | None) -> datetime.datetime | None:
+    """What a date in a run file stands for. Raises ValueError."""
+    if date is None:
+        return None
+    try:
+        return datetime.datetime.fromisoformat(date).replace(tzinfo=None, microsecond=0)
+    except ValueError:
+        raise ValueError(f"wanted a date like 2026-07-31, or 2026-07-31T12:00:00; got {shown(date)}") from None
+
+
+def _date(given: Any) -> Any:
+    given = given.isoformat() if isinstance(given, datetime.date) else given  # YAML reads 2026-07-31 as a date
+    return moment(given) and given if isinstance(given, str) else given
+
+
+Date = Annotated[str, BeforeValidator(_date)]
+
+
 class Resolved(TypedDict, total=False):
     """What train chose (settings.resolve). Not every version chose the same, so names may be missing here, and others are passed over."""
 
@@ -304,6 +323,7 @@ class Resolved(TypedDict, total=False):
     checkpointing: bool
     compile: bool
     data: str
+    date: Date | None
     version: str
 
 
@@ -350,7 +370,13 @@ class Run(Options):
     join: str | None = Field(
         default=None, description="what stands between instruction and input; null: a newline (alpaca template: its own heading)"
     )
-    variables: dict[str, str] = Field(default={}, description="{{name}} in the data is replaced by variables.name")
+    date: Date | None = Field(
+        default=None,
+        description="what chat formats that write the date into prompts take for now, like 2026-07-31; null: when the run was started",
+    )
+    variables: dict[str, str] = Field(
+        default={}, description="{{name}} in the data and in samples[].contains is replaced by variables.name"
+    )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         default="auto", description="of frozen weights and their products; sums and trained weights are fp32"
     )

@@ -41,6 +41,7 @@ def resolve(made: plan.Plan) -> dict[str, Any]:
         "checkpointing": run.checkpointing is True,
         "compile": tokens * steps > COMPILE_TOKENS and tokens > COMPILE_STEP,
         "data": made.examples.fingerprint,
+        "date": made.template.date,
         "version": __version__,
     }
     if run.checkpointing == "auto":  # only where there is no room without

@@ -52,7 +52,15 @@ class Wanted:
             [s.path, s.format, s.columns, s.max_samples, s.system, s.tags, [[name, digest_of(path)] for path, name in s.files]]
             for s in self.sources
         ]
-        written = [template.name, template.jinja, template.learn, template.default_system, tokens.json, tokens.config]
+        written = [
+            template.name,
+            template.jinja,
+            template.learn,
+            template.default_system,
+            tokens.json,
+            tokens.config,
+            template.dates,
+        ]
         how = [self.stage, asdict(self.limits), self.system, self.variables, self.join]
         return store.key([__version__, _program(), reading, written, how])
 
@@ -93,7 +101,7 @@ def _opened(wanted: Wanted, path: Path) -> Store:
     if found is None or (dict(found.columns) != dict(STAGES[wanted.stage].columns) and found.about["stage"] == wanted.stage):
         raise UserError(f"{path} is damaged, or made by another version; make it again: glmtune data tokenize ... --to DIR")
     for name, here in _about(wanted).items():
-        if found.about[name] != here:
+        if found.about.get(name, here) != here:
             what = {"template": "another chat format or tokenizer", "stage": f"stage {found.about['stage']}"}.get(name)
             raise UserError(
                 f"{path} was tokenised for {what or f'{name} {found.about[name]}'}, this run has {here if not what else 'its own'}; "
@@ -113,7 +121,16 @@ def _about(wanted: Wanted) -> dict[str, Any]:
         "system": wanted.system,
         "variables": wanted.variables or {},
         "join": wanted.join,
+        "dates": list(wanted.template.dates),
     }
+
+
+def date_of(folder: Path) -> str | None:
+    """When a folder of tokenised rows was begun, where that stands in its prompts."""
+    try:
+        return json.loads((folder / "index.json").read_text(encoding="utf-8")).get("date")
+    except (OSError, ValueError, AttributeError):  # `_opened` says what is wrong with it
+        return None
 
 
 def _make(wanted: Wanted, key: str, place: Path, kept: bool, say: Callable[[str], None], workers: int, progress: Progress) -> Store:
@@ -151,6 +168,7 @@ def _make(wanted: Wanted, key: str, place: Path, kept: bool, say: Callable[[str]
             "rows": tally.rows,
             "notes": stream.notes,
             "spans": [asdict(span) for span in stream.spans],
+            "date": wanted.template.date,
             **_about(wanted),
         }
         return writer.done(about) if writer is not None else Store.in_memory(waiting, about)
@@ -242,7 +260,20 @@ def _ordered(pool: ProcessPoolExecutor, lots: Iterator[Any], ahead: int) -> Iter
 def _program() -> str:
     """Of the source files that sequences follow from: a changed program makes them anew."""
     digest = hashlib.blake2b(digest_size=16)
-    for name in ("records", "blocks", "reading", "sources", "forms", "tools", "mixing", "data", "chat", "stages", "store"):
+    for name in (
+        "records",
+        "blocks",
+        "reading",
+        "sources",
+        "forms",
+        "tools",
+        "mixing",
+        "data",
+        "rendering",
+        "chat",
+        "stages",
+        "store",
+    ):
         path = Path(__file__).with_name(name + ".py")
         digest.update(path.read_bytes() if path.is_file() else b"")
     return digest.hexdigest()

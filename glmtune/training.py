@@ -32,6 +32,8 @@ def train(run: Run, *, resume: bool = False, screen: Screen | None = None) -> Re
             done = runfolder.read_finished(out)
             screen.say(f"{out} is finished already; nothing to do")
             return Report.of(out, done, runfolder.read_jsonl(out / "samples.jsonl"))
+        if stored is not None and (began := (stored.resolved or {}).get("date")):
+            run = run.model_copy(update={"date": began})  # what the prompts of this run say, whatever the day
         made = plan.make(run, screen.say, screen.counting("rows tokenised"))
         screen.stop()
         chosen = dict(stored.resolved or {}) if stored is not None else {}

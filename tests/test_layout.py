@@ -14,6 +14,7 @@ ROOT = Path(glmtune.__file__).parent
 # Top to bottom, as in docs/architecture.md: a file may import from those before it.
 ORDER = [
     "errors",
+    "terminal",
     "records",
     "options",
     "run",
@@ -31,6 +32,7 @@ ORDER = [
     "quality",
     "check",
     "convert",
+    "rendering",
     "chat",
     "batch",
     "losses",

@@ -1,5 +1,6 @@
 """What MODEL stands for: the built-in model, a folder, a hub id, a run's folder or one of its checkpoints -> folders on this disk."""
 
+import datetime
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from .. import hub
 from ..chat import read_object
 from ..errors import UserError, did_you_mean
 from ..options import build, read
-from ..run import Run
+from ..run import Run, moment
 from . import smollm2
 
 
@@ -22,6 +23,7 @@ class Place:
     system: str | None = None
     template: Any = "auto"  # str or Form
     quant: str | None = None  # how a run kept its base: what was learned fits those numbers
+    now: datetime.datetime | None = None  # when a run was started: what its prompts said, they say afterwards too
     join: str | None = None  # between instruction and input, as it was trained; None: the template's usual one
 
     @property
@@ -46,6 +48,7 @@ def locate(model: str | Path, adapter: str | Path | None = None, say=lambda text
         run.system,
         run.template,
         (run.resolved or {}).get("quant") or run.quant,
+        moment((run.resolved or {}).get("date") or run.date),
         run.join,
     )
 
@@ -53,7 +56,7 @@ def locate(model: str | Path, adapter: str | Path | None = None, say=lambda text
 def _read(run_file: Path) -> Run:
     """What a run's file says of its result, checked. How it was trained does not count here, and may be of an older version."""
     tree = read(run_file)
-    kept = {name: tree[name] for name in ("model", "system", "template", "quant", "join", "resolved") if name in tree}
+    kept = {name: tree[name] for name in ("model", "system", "template", "quant", "date", "join", "resolved") if name in tree}
     source = f"{run_file} is not as train wrote it (each of its checkpoints holds a copy)"
     return build(Run, {**kept, "data": [{"path": ""}], "out": ""}, source)
 
