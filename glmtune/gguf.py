@@ -217,8 +217,11 @@ def _tensors(model: Any, runs: Runs) -> dict[str, tuple[Tensor, int]]:
     names = gguf.get_tensor_name_map(runs.arch, config["num_hidden_layers"])
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config.get("num_key_value_heads") or config["num_attention_heads"]}
     found, strange = {}, []
+    tied = (
+        model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    )  # llama.cpp then takes the embeddings for the head
     for native, tensor in model.state_dict().items():
-        if native == "lm_head.weight" and config["tie_word_embeddings"]:
+        if native == "lm_head.weight" and tied:
             continue
         module, _, leaf = native.rpartition(".")
         layer = module.split(".")[-1]

@@ -12,7 +12,19 @@ from typing import Any
 from ..chat import read_object
 from ..records import Vocabulary
 
-__all__ = ["Family", "Places", "Take", "Vocabulary", "about_generation", "about_tokenizer", "added", "called", "places"]
+__all__ = [
+    "Family",
+    "Places",
+    "Take",
+    "Vocabulary",
+    "about_generation",
+    "about_tokenizer",
+    "added",
+    "called",
+    "computed",
+    "places",
+    "same_names",
+]
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,19 @@ class Take:
 Places = Callable[[str], Sequence[Take] | None]  # published name -> what becomes of it; () not needed; None: no such name
 
 
+def computed(name: str) -> bool:
+    """Whether a published tensor is a table that every class computes for itself: rotary frequencies, numbers of positions, the constant
+    under a mask. Old files hold them, and transformers ignores them too; what they say is never read."""
+    return (
+        re.search(r"(^|\.)(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|position_ids|masked_bias|future_mask)$", name) is not None
+    )
+
+
+def same_names(name: str) -> Sequence[Take]:
+    """Places of a folder whose tensors are named as in the native class."""
+    return () if computed(name) else (Take(name),)
+
+
 def places(rules: Mapping[str, str | Sequence[Take]]) -> Places:
     """A table of names as a function. In a rule `{}` stands for the layer's number and a last `*` for weight or bias (or anything);
     the right side is a name, a list of Takes, or () for a tensor that is not needed."""
@@ -44,6 +69,8 @@ def places(rules: Mapping[str, str | Sequence[Take]]) -> Places:
         compiled.append((re.compile(expression), (Take(takes),) if isinstance(takes, str) else takes))
 
     def place(name: str) -> Sequence[Take] | None:
+        if computed(name):
+            return ()
         for pattern, takes in compiled:
             found = pattern.fullmatch(name)
             if found:
