@@ -270,6 +270,8 @@ def _cast(name: str, tensor: Tensor, heads: int, kind: Kind, size: tuple[int, ..
     if heads:
         tensor = in_pairs(tensor, heads)
     if tensor.dim() == 1:
+        if not tensor.isfinite().all():
+            raise UserError(f"{name} holds numbers that are not finite")
         return np.ascontiguousarray(tensor.float().cpu().numpy()).view(np.uint8)
     data = np.empty(size, np.uint8)
     step = max(1, CHUNK // tensor.shape[-1])

@@ -311,3 +311,138 @@ def test_tables_that_a_class_computes_are_never_read(
     written(folder, tensors_of(folder) | {extra: torch.ones(4, dtype=torch.float16)})
     assert torch.equal(logits(families.load_model(folder, dtype=dtype, device="cpu")), wanted)
     assert extra not in families.tensor_shapes(folder)
+
+
+# --- numbers that are none --------------------------------------------------------------------------------------------------
+
+
+@QUIET
+@given(st.data())
+def test_a_file_reads_back_whatever_its_bits_are(tmp_path_factory: pytest.TempPathFactory, data: Any):
+    from glmtune.tensors import compare, write_tensors
+
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    values = data.draw(
+        st.lists(st.sampled_from([0.0, -0.0, 1.5, float("nan"), float("inf"), -float("inf")]), min_size=0, max_size=9)
+    )
+    tensors = {"a": torch.tensor(values).to(dtype)}
+    path = tmp_path_factory.mktemp("odd") / "a.safetensors"
+    write_tensors(tensors, path)
+    compare(tensors, path)
+    if values:
+        with pytest.raises(OSError, match="does not read back"):
+            compare({"a": torch.full_like(tensors["a"], 2.5)}, path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("to", ["to", "to.gguf"])
+def test_what_is_no_number_is_not_exported(bases: dict[str, Path], tmp_path: Path, value: float, name: str, to: str):
+    folder = copied(bases["llama"], tmp_path / "m")
+    tensors = tensors_of(folder)
+    tensors[name].view(-1)[3] = value
+    written(folder, tensors)
+    with pytest.raises(UserError, match=rf"model.safetensors: {name} holds numbers that are not finite"):
+        export.export(folder, tmp_path / to)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize("to", ["to", "to.gguf"])
+def test_what_fp16_cannot_hold_is_not_exported_as_infinity(bases: dict[str, Path], tmp_path: Path, to: str):
+    folder = copied(bases["llama"], tmp_path / "m")
+    tensors = tensors_of(folder)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = 1e5
+    written(folder, tensors)
+    with pytest.raises(UserError, match="holds numbers"):
+        export.export(folder, tmp_path / to, **({"dtype": "fp16"} if to == "to" else {"outtype": "f16"}))
+    export.export(folder, tmp_path / "fine", dtype="bf16")
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_is_not_packed(bases: dict[str, Path], tmp_path: Path, kind: str, value: float):
+    if kind == "nf4":
+        pytest.importorskip("bitsandbytes")
+    folder = copied(bases["llama"], tmp_path / "m")
+    tensors = tensors_of(folder)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+    written(folder, tensors)
+    with pytest.raises(UserError, match=r"model.layers.1.mlp.up_proj.weight .* not finite"):
+        families.load_model(folder, device="cpu", quant=kind)
+
+
+# --- the tokenizer and the rows ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with 280 rows whose tokenizer has 299 tokens."""
+    return tiny.llama(tmp_path_factory.mktemp("short") / "m", vocab_size=280, tie_word_embeddings=False)
+
+
+ROW = {"instruction": "the user said the answer is in the sea", "output": "the cat sat on the mat"}
+COMMANDS = {
+    "doctor": ["doctor", "M"],
+    "show": ["show", "model=M", "data=rows.jsonl"],
+    "train": ["train", "model=M", "data=rows.jsonl", "out=run"],
+    "chat": ["chat", "M", "--prompt", "the user said the answer is in the sea"],
+    "predict": ["predict", "M", "rows.jsonl", "--out", "o.jsonl"],
+    "export": ["export", "M", "--to", "to"],
+    "gguf": ["export", "M", "--to", "to.gguf"],
+    "check": ["data", "check", "rows.jsonl", "--model", "M"],
+}
+
+
+def command(place: Path, folder: Path, name: str, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
+    """Exit code and what was printed on stderr."""
+    from glmtune import cli
+
+    monkeypatch.chdir(place)
+    (place / "rows.jsonl").write_text(json.dumps(ROW) + "\n")
+    monkeypatch.setattr(
+        "sys.argv", ["glmtune", *(word.replace("M", str(folder)) if word[-1] == "M" else word for word in COMMANDS[name])]
+    )
+    capsys.readouterr()
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0), capsys.readouterr().err
+    return 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_told(
+    name: str, short: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+):
+    code, told = command(tmp_path, short, name, capsys, monkeypatch)
+    assert code == 2 and "the tokenizer has 299 tokens, the model 280 rows" in told and "Traceback" not in told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
+
+
+def test_unused_added_tokens_count_and_rows_without_a_token_are_padding(bases: dict[str, Path], tmp_path: Path):
+    folder = copied(bases["llama"], tmp_path / "m")
+    families.open_template(folder)
+    tree = json.loads((folder / "tokenizer.json").read_text())
+    first = tree["added_tokens"][0]
+    tree["added_tokens"] += [{**first, "content": f"[{id}]", "id": id} for id in range(299, 353)]
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+    with pytest.raises(UserError, match="the tokenizer has 353 tokens, the model 352 rows"):
+        families.open_template(folder)
+
+
+def test_the_tokenizer_of_an_adapter_must_fit_the_model_too(short: Path, tmp_path: Path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    import glmtune
+
+    base = copied(short, tmp_path / "m")
+    peft = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules=["q_proj"], r=2))
+    peft.save_pretrained(tmp_path / "adapter")
+    for path in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (base / path).rename(tmp_path / "adapter" / path)
+    with pytest.raises(UserError, match="the tokenizer has 299 tokens, the model 280 rows"):
+        glmtune.load(base, adapter=tmp_path / "adapter", device="cpu")
+    for to in ("to", "to.gguf"):
+        with pytest.raises(UserError, match="the tokenizer has 299 tokens, the model 280 rows"):
+            export.export(base, tmp_path / to, adapter=tmp_path / "adapter")

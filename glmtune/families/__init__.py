@@ -89,6 +89,12 @@ def opened(folder: Path) -> tuple[Family, dict[str, weights.Stored]]:
     return weights.settled(family, stored), stored
 
 
+def source_of(folder: Path, name: str) -> weights.Stored | None:
+    """The stored tensor that a native one is made of; None where only transformers knows."""
+    family, stored = opened(folder)
+    return next((item for native, _, item, _ in weights.native(family, stored) if native == name), None)
+
+
 def _class_name(folder: Path, config: dict[str, Any]) -> str:
     named = config.get("architectures") or [config.get("model_type")]
     if not isinstance(named, list) or not isinstance(named[0], str | None):
@@ -319,9 +325,11 @@ def open_tokens(folder: Path) -> Tokens:
     if family is None and not (folder / "tokenizer.json").is_file() and (found := chatglm.vocabulary(folder)):
         return Tokens.of_vocabulary(folder, found)
     if family is None or family.vocabulary is None:
-        return Tokens.open(folder)
-    tokens = Tokens.of_vocabulary(folder, _vocabulary(folder, family.vocabulary))
-    _check_vocabulary(folder, family, tokens)
+        tokens = Tokens.open(folder)
+    else:
+        tokens = Tokens.of_vocabulary(folder, _vocabulary(folder, family.vocabulary))
+    if family is not None:
+        _check_vocabulary(folder, family, tokens)
     return tokens
 
 
@@ -348,16 +356,25 @@ def _vocabulary(folder: Path, build: Callable[[Path], Vocabulary]) -> Vocabulary
 
 def _check_vocabulary(folder: Path, family: Family, tokens: Tokens) -> None:
     """Another model's tokenizer files beside the weights would be accepted without a word."""
-    rows, ends = family.config.get("vocab_size"), family.config.get("eos_token_id")
-    if isinstance(rows, int) and tokens.vocab_size > rows:
-        raise UserError(
-            f"{folder}: its tokenizer has {tokens.vocab_size} tokens, its model knows {rows}: they belong to different models; copy the files again"
-        )
+    text = family.config.get("text_config")
+    config = {**family.config, **text} if isinstance(text, dict) else family.config
+    rows, ends = config.get("vocab_size"), config.get("eos_token_id")
+    if type(rows) is int:
+        check_rows(folder, tokens, rows)
     known = {ends} if isinstance(ends, int) else set(ends or ())
     if tokens.built and known and tokens.eos_id not in known:
         raise UserError(
             f"{folder}: its tokenizer ends texts with {tokens.name('eos_token')} {tokens.eos_id}, its config.json with {ends}: "
             "they belong to different models; copy the files again"
+        )
+
+
+def check_rows(folder: Path, tokens: Tokens, rows: int) -> None:
+    """Raises UserError where a tokenizer has ids that a model with `rows` rows of embeddings does not; further rows are padding."""
+    if tokens.vocab_size > rows:
+        raise UserError(
+            f"{folder}: the tokenizer has {tokens.vocab_size} tokens, the model {rows} rows; tokens were added without resizing the "
+            "model, or the files are of two models: copy them again"
         )
 
 
@@ -416,8 +433,9 @@ def hf_tokenizer(folder: Path, template: Template) -> Any:
     if (folder / "tokenizer.json").is_file() and not tokens.built:
         try:
             made: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except (ValueError, OSError, KeyError) as error:
-            raise UserError(f"{folder}: transformers cannot open this tokenizer: {str(error).splitlines()[0]}") from None
+        except Exception as error:  # each class raises its own
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(f"{folder}: transformers cannot open this tokenizer: {reason}") from None
     else:
         from tokenizers import Tokenizer
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..chat import read_object
+from ..chat import about_tokenizer, read_object
+from ..errors import UserError
 from ..records import Vocabulary
 
 __all__ = [
@@ -115,23 +116,16 @@ def called(folder: Path, config: dict[str, Any]) -> str:
     return " ".join(str(name).rstrip("/").split("/")[-1] for name in names if name).lower()
 
 
-def about_tokenizer(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json over special_tokens_map.json, with chat_template.jinja; empty without them."""
-    about = read_object(folder / "special_tokens_map.json") | read_object(folder / "tokenizer_config.json")
-    if (folder / "chat_template.jinja").is_file():
-        about["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    template = about.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        about["chat_template"] = next((made["template"] for made in template if made["name"] == "default"), None)
-    return about
-
-
 def about_generation(folder: Path) -> dict[str, Any]:
     return read_object(folder / "generation_config.json")
 
 
 def added(folder: Path) -> dict[str, int]:
     """Tokens that a folder lists beside its vocabulary file: added_tokens.json and tokenizer_config.json's added_tokens_decoder."""
-    listed = about_tokenizer(folder).get("added_tokens_decoder", {})
-    found = {name: int(id) for name, id in read_object(folder / "added_tokens.json").items()}
-    return found | {token["content"]: int(id) for id, token in listed.items() if token.get("special", True)}
+    path = folder / "added_tokens.json"
+    found = read_object(path)
+    if not all(type(id) is int for id in found.values()):
+        raise UserError(f"{path}: wanted tokens and their numbers; copy the file again")
+    listed = about_tokenizer(folder).get("added_tokens_decoder") or {}
+    marks = {id: token for id, token in listed.items() if isinstance(token, dict)}
+    return found | {token["content"]: int(id) for id, token in marks.items() if token.get("special", True)}

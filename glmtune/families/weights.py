@@ -68,7 +68,10 @@ def _opened(stamped: tuple[tuple[Path, int, int], ...], bits: int) -> dict[str, 
     """A plan asks for names, shapes, targets and counts, and `.bin` headers take seconds."""
     found: dict[str, Stored] = {}
     for path, _, _ in stamped:
-        for name, item in (header(path) if path.suffix == ".safetensors" else _pickled(path)).items():
+        there = header(path) if path.suffix == ".safetensors" else _pickled(path)
+        if not there:
+            raise UserError(f"{path} holds no tensors; copy or download it again")
+        for name, item in there.items():
             if name in found and not same(found[name], item):
                 raise UserError(
                     f"{name} stands in {found[name].path} and in {path} with other numbers; remove the file that is old"
@@ -98,9 +101,10 @@ def files(folder: Path) -> list[Path]:
     lacking = None
     for stem, suffix in FORMS:
         index = f"{stem}{suffix}.index.json"
-        if stem + suffix in there:
-            return [folder / (stem + suffix)]
-        wanted = _index(folder / index, suffix) if index in there else _numbered(there, stem, suffix)
+        whole = stem + suffix
+        wanted = _index(folder / index, suffix) if index in there else [] if whole in there else _numbered(there, stem, suffix)
+        if whole in there and whole not in wanted:
+            return [folder / whole]
         missing = [name for name in wanted if name not in there]
         if wanted and not missing:
             return [folder / name for name in wanted]
@@ -124,11 +128,12 @@ def has_weights(folder: Path) -> bool:
 
 
 def plain(paths: Sequence[Path]) -> bool:
-    """Whether transformers finds these files by itself: one whole file, or shards whose index is in its form."""
-    if len(paths) == 1 and "-of-" not in paths[0].name:
-        return True
-    index = next((found for stem, suffix in FORMS if (found := paths[0].with_name(f"{stem}{suffix}.index.json")).is_file()), None)
-    return index is not None and isinstance(_json(index.read_bytes(), index).get("metadata"), dict)
+    """Whether transformers takes just these files by itself: one whole file, else those of an index in its form."""
+    stem, suffix = next(form for form in FORMS if form[1] == paths[0].suffix)
+    whole, index = (paths[0].with_name(stem + suffix + more) for more in ("", ".index.json"))
+    if whole.is_file():
+        return list(paths) == [whole]
+    return index.is_file() and isinstance(_json(index.read_bytes(), index).get("metadata"), dict)
 
 
 def _index(path: Path, suffix: str) -> list[str]:
