@@ -98,18 +98,13 @@ class Tokens:
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise UserError(f"{folder} holds no tokenizer.json; copy the model's tokenizer files beside its weights")
-        config: dict[str, Any] = {}
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            config |= read_object(folder / name)
-        if (folder / "chat_template.jinja").is_file():
-            config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        template = config.get("chat_template")
-        if isinstance(template, list):  # several named templates
-            config["chat_template"] = next((t["template"] for t in template if t["name"] == "default"), None)
+        config, ends = about_tokenizer(folder), _ends(folder)
         try:
-            return cls(path.read_text(encoding="utf-8"), config, _ends(folder))
-        except Exception as error:  # the tokenizers library raises bare Exception
-            raise UserError(f"{path}: cannot be read as a tokenizer ({error}); copy the file again") from None
+            return cls(path.read_text(encoding="utf-8"), config, ends)
+        except BaseException as error:  # the tokenizers library raises bare Exception, and a panic of its Rust code is no Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+                raise
+            raise UserError(f"{path}: cannot be read as a tokenizer ({str(error)[:200]}); copy the file again") from None
 
     @classmethod
     def of_vocabulary(cls, folder: Path, vocabulary: Vocabulary) -> "Tokens":
@@ -174,7 +169,8 @@ class Tokens:
 
     @cached_property
     def vocab_size(self) -> int:
-        return self._raw.get_vocab_size(with_added_tokens=True)
+        """Rows of embeddings that its tokens need: one more than the largest id."""
+        return 1 + max(self._raw.get_vocab(with_added_tokens=True).values(), default=-1)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -190,10 +186,69 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
+NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+
+
+def about_tokenizer(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json over special_tokens_map.json, with chat_template.jinja; empty without them.
+
+    Raises UserError, with the file, for values that are none of a tokenizer.
+    """
+    about: dict[str, Any] = {}
+    for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
+        found = read_object(path)
+        for key, value in found.items():
+            if not _fits(key, value):
+                raise UserError(f"{path}: {key} is {json.dumps(value, ensure_ascii=False)[:80]}; copy the file again")
+        about |= found
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            about["chat_template"] = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is not UTF-8; copy the file again") from None
+    template = about.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        about["chat_template"] = next((made["template"] for made in template if made["name"] == "default"), None)
+    return about
+
+
+def _fits(key: str, value: Any) -> bool:
+    """Whether a value of a tokenizer's settings is of the kind that it is read as."""
+
+    def is_token(value: Any) -> bool:
+        return isinstance(value.get("content") if isinstance(value, dict) else value, str)
+
+    if value is None:
+        return True
+    if key in NAMED:
+        return is_token(value)
+    if key == "chat_template":
+        several = isinstance(value, list) and all(isinstance(made, dict) for made in value)
+        return isinstance(value, str) or (
+            several and all(isinstance(made.get(name), str) for made in value for name in ("name", "template"))
+        )
+    if key == "added_tokens_decoder":
+        return isinstance(value, dict) and all(re.fullmatch(r"\d{1,9}", id) and is_token(token) for id, token in value.items())
+    if key == "end_tokens":
+        return isinstance(value, list) and all(isinstance(name, str) for name in value)
+    if key in ("add_bos_token", "add_eos_token", "prefix_lm", "apart", "clean_up_tokenization_spaces"):
+        return isinstance(value, bool)
+    if key == "num_image_tokens":
+        return type(value) is int
+    return True
+
+
 def _ends(folder: Path) -> set[int]:
     """The end tokens that a model folder's configs name."""
-    found = [read_object(folder / name).get("eos_token_id") for name in ("config.json", "generation_config.json")]
-    return {id for item in found for id in ([item] if isinstance(item, int) else item or ())}
+    ends: set[int] = set()
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        found = read_object(path).get("eos_token_id")
+        listed = found if isinstance(found, list) else [] if found is None else [found]
+        if not all(type(id) is int for id in listed):
+            raise UserError(f"{path}: eos_token_id is {json.dumps(found)[:80]}; wanted a token's number, or a list of them")
+        ends |= set(listed)
+    return ends
 
 
 def _prepends_once(tree: dict[str, Any]) -> bool:

@@ -12,7 +12,9 @@ from typing import Any
 from . import adapters, data, estimate, families, gguf, merging, methods
 from .chat import Template, align
 from .errors import UserError
+from .families import weights
 from .run import load_run
+from .tensors import finite
 
 SHARD_GB = 4.0  # largest weight file of a folder
 
@@ -65,7 +67,7 @@ def export(
     )
     if single:
         return _to_gguf(place, template, to, outtype or "f16", rounding, say)
-    loaded = families.load_model(place.base, dtype=dtype, device="cpu")
+    loaded = _loaded(place, template, dtype)
     kept = loaded.dtype
     estimate.refuse_room(to, families.num_parameters(place.base) * kept.itemsize)
     if place.adapter is not None and unmerged:  # whether it fits
@@ -73,6 +75,7 @@ def export(
         methods.unload(methods.load(loaded, place.adapter))
     elif place.adapter is not None:
         _merge(loaded, place, template, rounding, False, say)
+    _refuse_odd(loaded, place)
     work = to.with_name(f".{to.name}.part")
     shutil.rmtree(work, ignore_errors=True)
     try:
@@ -113,6 +116,32 @@ def _merge(
         say(f"merged {place.adapter} into the weights; what is left of its effect was not measured: there is no tokenizer")
 
 
+def _loaded(place: families.Place, template: Template | None, dtype: str) -> Any:
+    """The base, with rows for all tokens of what is exported with it (an adapter may bring its own tokenizer)."""
+    loaded = families.load_model(place.base, dtype=dtype, device="cpu")
+    if template is not None:
+        families.check_rows(place.tokenizer, template.tokens, loaded.get_input_embeddings().weight.shape[0])
+    return loaded
+
+
+def _refuse_odd(loaded: Any, place: families.Place) -> None:
+    """Raises UserError for a model that holds what is no number: it can only write nonsense, wherever it is run."""
+    odd = next((name for name, tensor in loaded.state_dict().items() if not finite(tensor)), None)
+    if odd is None:
+        return
+    item = families.source_of(place.base, odd)
+    if item is None or not finite(weights.Reader().read(item)):
+        raise UserError(
+            f"{place.base if item is None else item.path}: {odd} holds numbers that are not finite; the file is damaged, or its training "
+            "broke down: copy it again, or take an older checkpoint"
+        )
+    merged = "" if place.adapter is None else f" with {place.adapter} merged"
+    raise UserError(
+        f"{odd}{merged} holds numbers that {str(loaded.dtype).removeprefix('torch.')} cannot; export with --dtype bf16 or fp32, a GGUF with "
+        "--outtype bf16 or f32"
+    )
+
+
 ASKED = ("What is the capital of France?", "Write a short poem about the sea.", "你是谁？", "请介绍一下北京。")
 
 
@@ -144,9 +173,10 @@ def _to_gguf(
     gguf.check(families.load_model(place.base, device="meta"))
     # A merged weight is rounded once, to what the file holds (q8_0's steps are far wider than fp16's).
     merged = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "q8_0": "fp16"}[outtype]
-    loaded = families.load_model(place.base, dtype="auto" if place.adapter is None else merged, device="cpu")
+    loaded = _loaded(place, template, "auto" if place.adapter is None else merged)
     if place.adapter is not None:
         _merge(loaded, place, template, rounding, True, say)
+    _refuse_odd(loaded, place)
     if place.system:
         say(f"it was trained with the system prompt: {place.system!r}; give it to llama.cpp too")
     say(f"writing {families.num_parameters(place.base) / 1e6:.0f} M parameters as {outtype} ...")

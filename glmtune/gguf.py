@@ -217,8 +217,11 @@ def _tensors(model: Any, runs: Runs) -> dict[str, tuple[Tensor, int]]:
     names = gguf.get_tensor_name_map(runs.arch, config["num_hidden_layers"])
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config.get("num_key_value_heads") or config["num_attention_heads"]}
     found, strange = {}, []
+    tied = (
+        model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    )  # llama.cpp then takes the embeddings for the head
     for native, tensor in model.state_dict().items():
-        if native == "lm_head.weight" and config["tie_word_embeddings"]:
+        if native == "lm_head.weight" and tied:
             continue
         module, _, leaf = native.rpartition(".")
         layer = module.split(".")[-1]
@@ -267,6 +270,8 @@ def _cast(name: str, tensor: Tensor, heads: int, kind: Kind, size: tuple[int, ..
     if heads:
         tensor = in_pairs(tensor, heads)
     if tensor.dim() == 1:
+        if not tensor.isfinite().all():
+            raise UserError(f"{name} holds numbers that are not finite")
         return np.ascontiguousarray(tensor.float().cpu().numpy()).view(np.uint8)
     data = np.empty(size, np.uint8)
     step = max(1, CHUNK // tensor.shape[-1])

@@ -80,6 +80,9 @@ def load(
         methods.load(model, place.adapter)
         if methods.changes_nothing(model):
             say(f"warning: the adapter {place.adapter} changes nothing: all its B are zero, as before training")
+    families.check_rows(
+        place.tokenizer, template.tokens, model.get_input_embeddings().weight.shape[0]
+    )  # an adapter's own tokenizer
     targets = sorted({name.split(".")[-1] for name in methods.blocks(model)})
     tokenizer = families.hf_tokenizer(place.base, template)
     return Loaded(model, tokenizer, template, targets, place.system, published_settings(place.base))

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import UserError
+from .families import weights
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -44,13 +45,29 @@ def compare(tensors: dict[str, Tensor], path: Path) -> None:
     """Reads a file back: every tensor must be there, bit for bit."""
     with safe_open(path, "pt") as file:
         there = set(file.keys())
-        wrong = [n for n in tensors if n not in there or not torch.equal(file.get_tensor(n), tensors[n])]
+        wrong = [n for n in tensors if n not in there or not same_bytes(file.get_tensor(n), tensors[n])]
     if wrong:
         raise OSError(f"{path} was written but does not read back: {wrong[:3]} differ; the disk may be full or failing")
 
 
+def same_bytes(one: Tensor, other: Tensor) -> bool:
+    """Bit for bit: what is no number equals itself, and 0 is not -0."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(*(tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other)))
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether every number is one; without a mask of the tensor's size."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    least, most = tensor.detach().aminmax()
+    return bool(least.isfinite() and most.isfinite())
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """A safetensors file. Raises UserError when it is cut short or not one."""
+    weights.header(path)
     try:
         return load_file(path)
     except Exception as error:  # safetensors raises its own bare error type

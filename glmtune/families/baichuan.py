@@ -62,8 +62,6 @@ def read(folder: Path, config: dict[str, Any]) -> Family:
             {
                 **{name: name for name in same},
                 f"{layer}self_attn.W_pack.weight": fused,
-                f"{layer}self_attn.rotary_emb.inv_freq": (),
-                "model.future_mask": (),
             }
         ),
         lambda at: _vocabulary(at, series, chat),
