@@ -26,6 +26,7 @@ import numpy as np
 import psutil
 
 from .errors import UserError
+from .files import digest as digest_of
 from .records import Example
 
 FORMAT = 1
@@ -259,15 +260,6 @@ class Chosen(_Sequences):
     @property
     def fingerprint(self) -> str:
         return hashlib.blake2b(self.store.digest.encode() + self.index.astype("<i8").tobytes(), digest_size=16).hexdigest()
-
-
-def digest_of(path: Path) -> str:
-    """Of a file's bytes, read in pieces."""
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        while data := file.read(1 << 22):
-            digest.update(data)
-    return digest.hexdigest()
 
 
 def key(parts: Iterable[Any]) -> str:

@@ -24,9 +24,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from . import __version__, batch, estimate, families, options, plan, report
 from .errors import Interrupted, UserError
+from .files import digest as digest_of
 from .run import ADAPTERS, DEFAULT_LR, Resolved, Run, load_run
 from .stages import STAGES
-from .store import digest_of
 
 SAVE_SECONDS = 300  # save.every_steps null
 # Compiling the pointwise kernels takes 10 to 60 s and pays where a run has many tokens and its steps are not tiny (LOG.md).
@@ -122,11 +122,13 @@ def train(run: Run, *, resume: bool = False, screen: Screen | None = None) -> Re
             done = _finished(out)
             screen.say(f"{out} is finished already; nothing to do")
             return done
-        made = plan.make(run, screen.say, screen.counting("rows tokenised"))
+        base = None if stored is None else families.base_of(stored, next(iter(_saved(out).values()), out), screen.say)
+        run = run if stored is None else _as_recorded(run, stored.resolved or {})
+        made = plan.make(run, screen.say, screen.counting("rows tokenised"), base)
         screen.stop()
         settings = dict(stored.resolved or {}) if stored is not None else {}
         if not settings.keys() >= Resolved.__annotations__.keys():  # new, or of a version that chose less
-            settings = resolve(made) | settings
+            settings = resolve(made) | _base(made) | _adapters(run) | settings
         _same_data(settings, made, out)
         _check_room(made, settings, out)
         screen.plan(made)
@@ -200,6 +202,48 @@ def _stored(out: Path, run: Run) -> Run | None:
             f"continue it as it was: glmtune train {out / 'run.yaml'} --resume; or start anew in another out="
         )
     return stored
+
+
+def _base(made: plan.Plan) -> dict[str, str]:
+    """Which model a run is trained on. Its name may mean another one in another folder, or tomorrow."""
+    return {"base": os.path.abspath(made.folder), "fingerprint": families.fingerprint(made.folder)}
+
+
+def _built_on(run: Run) -> list[str]:
+    """The adapters that a run goes on from."""
+    start = getattr(run.method, "start", None)
+    return [*getattr(run.method, "under", ()), *([start] if start else [])]
+
+
+def _adapters(run: Run) -> dict[str, dict[str, list[str]]]:
+    """They are named as the model is: where each was, absolutely, and what it held."""
+    if not _built_on(run):
+        return {"adapters": {}}
+    from . import adapters
+
+    return {"adapters": {name: [os.path.abspath(Path(name).expanduser()), adapters.digest(name)] for name in _built_on(run)}}
+
+
+def _as_recorded(run: Run, resolved: Any) -> Run:
+    """The run with the adapters that it goes on from where they were when it began. Raises UserError where one is another now."""
+    recorded = resolved.get("adapters", {})
+    if not recorded.keys() & set(_built_on(run)):
+        return run
+    from . import adapters
+
+    for path, digest in recorded.values():
+        if adapters.digest(path) != digest:
+            raise UserError(
+                f"the adapter {path}, which this run goes on from, changed since it was started; put it back, or choose another out="
+            )
+    places = {name: path for name, (path, _) in recorded.items()}
+    given = {
+        "under": [places.get(name, name) for name in getattr(run.method, "under", ())],
+        "start": places.get(getattr(run.method, "start", None)),
+    }
+    return run.model_copy(
+        update={"method": run.method.model_copy(update={k: v for k, v in given.items() if getattr(run.method, k, None)})}
+    )
 
 
 def _header() -> str:
@@ -340,8 +384,7 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def _saved(out: Path) -> dict[int, Path]:
     """All checkpoints by their steps, the newest first."""
-    found = {int(p.name[5:]): p for p in (out / "checkpoints").glob("step-*") if p.name[5:].isdigit()}
-    return dict(sorted(found.items(), reverse=True))
+    return dict(sorted(families.checkpoints(out).items(), reverse=True))
 
 
 def _checkpoints(out: Path) -> Iterator[tuple[Path, Kept]]:
@@ -638,7 +681,7 @@ class _Training:
             config["dtype"] = "float32"  # of what was trained; the rest may be stored in 16 bits
             methods.write_text(work / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         else:
-            methods.save_adapter(self.model, work, method, str(self._base_name()))
+            methods.save_adapter(self.model, work, method, str(self._base_name()), self.settings["fingerprint"])
         families.save_tokenizer(self.plan.folder, self.plan.template, work)
         reason = methods.prefix.plain_peft(self.model) if self.plan.run.method.kind == "prefix" else None
         (work / "README.md").write_text(_readme(self.plan, str(self._base_name()), full, reason), encoding="utf-8")

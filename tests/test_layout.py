@@ -14,6 +14,7 @@ ROOT = Path(glmtune.__file__).parent
 # Top to bottom, as in docs/architecture.md: a file may import from those before it.
 ORDER = [
     "errors",
+    "files",
     "records",
     "options",
     "run",
@@ -37,10 +38,10 @@ ORDER = [
     "quant",
     "families.smollm2",
     "families.family",
-    "families.place",
     "families.vocab",
     "families.weights",
     "families.fingerprint",
+    "families.place",
     "families.chatglm1",
     "families.chatglm",
     "families.llama",
