@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import __version__, families
+from . import __version__, families, files
 from .errors import UserError, did_you_mean
 from .families import weights
 from .tensors import compare, read_tensors, write_tensors, write_text
@@ -127,6 +127,12 @@ def open_folder(path: str | Path) -> tuple[Path, dict[str, Any], dict[str, Tenso
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{file}: {name} holds numbers that are not finite; the training broke down, take an older checkpoint")
     return folder, config, tensors
+
+
+def digest(path: str | Path) -> str:
+    """Of an adapter's settings and numbers."""
+    folder, file = _find(Path(path).expanduser())
+    return " ".join(files.digest(one) for one in (file, folder / "adapter_config.json") if one.is_file())
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
@@ -340,11 +346,11 @@ def new_folder(to: str | Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def write(folder: Path, adapter: Adapter, base: str, linear: Iterable[str] = ()) -> None:
+def write(folder: Path, adapter: Adapter, base: str, linear: Iterable[str] = (), fingerprint: str | None = None) -> None:
     """adapter_model.safetensors and adapter_config.json, as PEFT reads them, read back and compared. linear: all linear layers of the model's
-    blocks, so that target_modules can be said by last names; unknown, each layer is named in full."""
+    blocks, so that target_modules can be said by last names; unknown, each layer is named in full. fingerprint: of the base."""
     tensors = lora_tensors(adapter)
-    write_tensors(tensors, folder / "adapter_model.safetensors")
+    write_tensors(tensors, folder / "adapter_model.safetensors", fingerprint)
     compare(tensors, folder / "adapter_model.safetensors")
     rank, alpha, ranks, alphas = _sizes(adapter)
     modules = sorted({name.split(".")[-2] for name in adapter.whole})

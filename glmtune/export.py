@@ -186,7 +186,7 @@ def _to_gguf(
 def _copy_adapter(adapter: Path, target: Path, base: Path) -> None:
     target.mkdir()
     _, config, tensors = adapters.open_folder(adapter)
-    methods.write_tensors(tensors, target / "adapter_model.safetensors")
+    methods.write_tensors(tensors, target / "adapter_model.safetensors", families.fingerprint(target.parent))
     methods.compare(tensors, target / "adapter_model.safetensors")
     config["base_model_name_or_path"] = str(base.resolve())
     methods.write_text(target / "adapter_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")

@@ -51,7 +51,7 @@ def import_adapter(
     if adapter.changes_nothing:
         say(f"warning: this adapter changes nothing: A or B is zero in all {len(adapter.layers)} layers")
     with new_folder(to) as work:
-        write(work, made, base_name(name, base), families.linear_names(base))
+        write(work, made, base_name(name, base), families.linear_names(base), families.fingerprint(base))
         about = _keep_form(adapter, base, prompt, work, say)
         write_text(work / "README.md", readme(name, base, f"LoRA adapter {adapter.folder.name}, {about}imported"))
     ranks = sorted({layer.rank for layer in made.layers.values()})
@@ -76,7 +76,7 @@ def _import_prefix(file: Path, model: str | Path | None, to: str | Path, prompt:
     opened = families.load_model(base, device="cpu").requires_grad_(False)
     encoder = prefix.from_published(opened, tensors_of(file))
     with new_folder(to) as work:
-        methods.save_adapter(opened, work, Prefix(), base_name(str(model), base))
+        methods.save_adapter(opened, work, Prefix(), base_name(str(model), base), families.fingerprint(base))
         about = _keep_form(Adapter(file.parent, {}, {}), base, prompt, work, say)
         write_text(
             work / "README.md",
@@ -227,7 +227,7 @@ def export_published(adapter: str | Path | None, model: str | Path, to: str | Pa
     if held.changes_nothing:
         say("warning: this adapter changes nothing: A or B is zero in all layers")
     with new_folder(to) as work:
-        write(work, made, model, _published(base))
+        write(work, made, model, _published(base), families.fingerprint(base))
         torch.save(lora_tensors(made), work / "adapter_model.bin")
         config = read_object(work / "adapter_config.json")
         for key in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora"):  # not known to the peft of that time

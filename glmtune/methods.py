@@ -357,8 +357,9 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def save_adapter(model: nn.Module, folder: Path, options: Any, base: str) -> None:
-    """Writes adapter_model.safetensors and adapter_config.json, reads them back and compares. `base`: what plain PEFT should open."""
+def save_adapter(model: nn.Module, folder: Path, options: Any, base: str, fingerprint: str | None = None) -> None:
+    """Writes adapter_model.safetensors and adapter_config.json, reads them back and compares. `base`: what plain PEFT should open, and its
+    fingerprint."""
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(options, Prefix):
         tensors, config = prefix.peft_tensors(model), prefix.peft_config(model, base)
@@ -370,7 +371,7 @@ def save_adapter(model: nn.Module, folder: Path, options: Any, base: str) -> Non
         lost = [n for n, p in trainable(model).items() if id(p) not in kept and PREFIX + n not in tensors]
     if lost or not tensors:
         raise AssertionError(f"these trained tensors are in no adapter: {lost}")
-    write_tensors(tensors, folder / "adapter_model.safetensors")
+    write_tensors(tensors, folder / "adapter_model.safetensors", fingerprint)
     write_text(folder / "adapter_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     compare(tensors, folder / "adapter_model.safetensors")
 

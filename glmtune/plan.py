@@ -58,12 +58,18 @@ class Plan:
         return max([*self.examples.lengths, *(self.dev.lengths if self.dev else ())])
 
 
-def make(run: Run, say: Callable[[str], None] = lambda text: None, progress: Progress = lambda rows, done: None) -> Plan:
-    """Reads and checks everything a run names. say: told about downloads; progress: of tokenising many rows. Raises UserError."""
+def make(
+    run: Run,
+    say: Callable[[str], None] = lambda text: None,
+    progress: Progress = lambda rows, done: None,
+    base: Path | None = None,
+) -> Plan:
+    """Reads and checks everything a run names. say: told about downloads; progress: of tokenising many rows; base: the model's folder, where
+    a run that is resumed has recorded it. Raises UserError."""
     for name in run.report_to:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"report_to: {name} is not installed; pip install {name}, or leave it out")
-    folder, wanted_rows = wanted(run, say)
+    folder, wanted_rows = wanted(run, say, base)
     shapes, template = families.tensor_shapes(folder), wanted_rows.template
     method = _method(run, folder)
     targets = method.targets if method.kind == "lora" else []
@@ -141,6 +147,19 @@ def _check_beside(method: Any, folder: Path) -> None:
         if not config or not families.plain_lora(config):
             what = "is not a plain LoRA adapter" if config else "is neither an adapter nor a finished run"
             raise UserError(f"method.under: {given} {what}; only plain LoRA adapters can stay beneath another one")
+        _check_base("method.under", given, folder)
+
+
+def _check_base(option: str, adapter: str, folder: Path) -> None:
+    """An adapter that a run builds on must have been made for the run's model, where it says for which. Raises UserError."""
+    path = Path(adapter).expanduser()
+    for place in (path, path / "adapter"):
+        known = families.trained_on(place)
+        if known is not None and known != families.fingerprint(folder):
+            raise UserError(
+                f"{option}: {adapter} was trained on another base model than {folder} (their fingerprints differ); give that base as model=, "
+                f"or bring the adapter over to this one: glmtune import {place} --model {folder} --to NEW"
+            )
 
 
 def _continued(run: Run, folder: Path) -> Any:
@@ -158,6 +177,7 @@ def _continued(run: Run, folder: Path) -> Any:
         )
     if getattr(method, "pissa", False):
         raise UserError("method.start goes on from an adapter, method.pissa starts anew from the weights; give one")
+    _check_base("method.start", method.start, folder)
     from . import adapters  # needs torch
 
     found = adapters.options_of(method.start)
@@ -225,9 +245,9 @@ def _trainable(method: Any, folder: Path, shapes: dict[str, list[int]]) -> int:
     return sum(size.values())
 
 
-def wanted(run: Run, say: Callable[[str], None]) -> tuple[Path, Wanted]:
-    """The base model's folder, and the sequences that a run learns from."""
-    folder = families.resolve(run.model, say)
+def wanted(run: Run, say: Callable[[str], None], base: Path | None = None) -> tuple[Path, Wanted]:
+    """The base model's folder (`base`, else what the run's `model` names), and the sequences that a run learns from."""
+    folder = base or families.resolve(run.model, say)
     found, place = _found(run, run.data, say)
     now = moment(run.date if run.date is not None or place is None else date_of(place))
     template = families.open_template(folder, run.template, learn=getattr(run.stage, "learn", "all"), now=now)

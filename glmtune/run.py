@@ -338,6 +338,11 @@ class Resolved(TypedDict, total=False):
     compile: bool
     data: str
     date: Date | None
+    base: str  # the model's folder, an absolute path
+    fingerprint: str  # of the model (families.fingerprint)
+    adapters: dict[
+        str, Annotated[list[str], Field(min_length=2, max_length=2)]
+    ]  # those in method.start and method.under: absolute path, digest of what is there
     version: str
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from . import __version__, options
+from . import __version__, families, options
 from .errors import UserError
+from .files import digest as digest_of
 from .run import Run, load_run
-from .store import digest_of
 
 
 @dataclass
@@ -145,10 +145,7 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def saved(out: Path) -> dict[int, Path]:
     """All checkpoints by their steps, the newest first."""
-    found = {
-        int(p.name[5:]): p for p in (out / "checkpoints").glob("step-*") if (number := p.name[5:]).isascii() and number.isdigit()
-    }
-    return dict(sorted(found.items(), reverse=True))
+    return dict(sorted(families.checkpoints(out).items(), reverse=True))
 
 
 def checkpoints(out: Path) -> Iterator[tuple[Path, Kept]]:

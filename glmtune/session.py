@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from . import __version__, adapters, families, forward, methods, optimizer, plan, runfolder
+from .files import digest as digest_of
 from .progress import Screen
 from .run import ADAPTERS
 from .stages import STAGES
-from .store import digest_of
 from .world import ALONE, World
 
 
@@ -70,7 +70,7 @@ class Session:
             config["dtype"] = "float32"  # of what was trained; the rest may be stored in 16 bits
             methods.write_text(work / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         else:
-            methods.save_adapter(self.model, work, method, str(self._base_name()))
+            methods.save_adapter(self.model, work, method, str(self._base_name()), self.settings["fingerprint"])
         families.save_tokenizer(self.plan.folder, self.plan.template, work)
         reason = methods.prefix.plain_peft(self.model) if self.plan.run.method.kind == "prefix" else None
         (work / "README.md").write_text(_readme(self.plan, str(self._base_name()), full, reason), encoding="utf-8")

@@ -6,13 +6,14 @@ resume, so that a run goes on with the numbers it began with.
 
 import functools
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from . import __version__, batch, estimate, families, plan
 from .errors import UserError
-from .run import ADAPTERS, DEFAULT_LR
+from .run import ADAPTERS, DEFAULT_LR, Run
 from .stages import STAGES
 
 # Compiling the pointwise kernels takes 10 to 60 s and pays where a run has many tokens and its steps are not tiny (LOG.md).
@@ -62,6 +63,48 @@ def _free(device: Any) -> int:
     import torch
 
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def base(made: plan.Plan) -> dict[str, str]:
+    """Which model a run is trained on. Its name may mean another one in another folder, or tomorrow."""
+    return {"base": os.path.abspath(made.folder), "fingerprint": families.fingerprint(made.folder)}
+
+
+def _names_built_on(run: Run) -> list[str]:
+    """The adapters that a run goes on from."""
+    start = getattr(run.method, "start", None)
+    return [*getattr(run.method, "under", ()), *([start] if start else [])]
+
+
+def built_on(run: Run) -> dict[str, dict[str, list[str]]]:
+    """They are named as the model is: where each was, absolutely, and what it held."""
+    if not _names_built_on(run):
+        return {"adapters": {}}
+    from . import adapters
+
+    return {"adapters": {name: [os.path.abspath(Path(name).expanduser()), adapters.digest(name)] for name in _names_built_on(run)}}
+
+
+def as_recorded(run: Run, resolved: Any) -> Run:
+    """The run with the adapters that it goes on from where they were when it began. Raises UserError where one is another now."""
+    recorded = resolved.get("adapters", {})
+    if not recorded.keys() & set(_names_built_on(run)):
+        return run
+    from . import adapters
+
+    for path, digest in recorded.values():
+        if adapters.digest(path) != digest:
+            raise UserError(
+                f"the adapter {path}, which this run goes on from, changed since it was started; put it back, or choose another out="
+            )
+    places = {name: path for name, (path, _) in recorded.items()}
+    given = {
+        "under": [places.get(name, name) for name in getattr(run.method, "under", ())],
+        "start": places.get(getattr(run.method, "start", None)),
+    }
+    return run.model_copy(
+        update={"method": run.method.model_copy(update={k: v for k, v in given.items() if getattr(run.method, k, None)})}
+    )
 
 
 def refuse_other_data(settings: dict[str, Any], made: plan.Plan, out: Path) -> None:

@@ -30,6 +30,7 @@ import numpy as np
 import psutil
 
 from .errors import UserError
+from .files import digest as digest_of
 from .records import Column, Example
 
 FORMAT = 1
@@ -367,15 +368,6 @@ class Chosen(_Sequences):
         """Of what is learned, in which order and in which rows."""
         rows = b"" if self.starts is None else self.starts.astype("<i8").tobytes()
         return hashlib.blake2b(self.store.digest.encode() + self.index.astype("<i8").tobytes() + rows, digest_size=16).hexdigest()
-
-
-def digest_of(path: Path) -> str:
-    """Of a file's bytes, read in pieces."""
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        while data := file.read(1 << 22):
-            digest.update(data)
-    return digest.hexdigest()
 
 
 def key(parts: Iterable[Any]) -> str:

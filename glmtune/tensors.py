@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,29 @@ from torch import Tensor
 
 from .errors import UserError
 from .families import weights
+from .families.fingerprint import NOTE
 
 
-def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Safetensors, fsynced. The bytes depend on the tensors only."""
-    save_file({name: tensors[name].contiguous() for name in sorted(tensors)}, path, metadata={"format": "pt"})
+def write_tensors(tensors: dict[str, Tensor], path: Path, base: str | None = None) -> None:
+    """Safetensors, fsynced. The bytes depend on the tensors and `base` only: the fingerprint of the model that an adapter was made for."""
+    about = {"format": "pt"} | ({} if base is None else {NOTE: base})
+    save_file({name: tensors[name].contiguous() for name in sorted(tensors)}, path, metadata=about)
+    if base is not None:
+        _sort_metadata(path)
     path.chmod(0o644)  # safetensors makes files that only their owner may read
     _sync(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes several keys in an order of its own each time. Sorted, they take the same room."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
+        if len(text) == length:
+            file.seek(8)
+            file.write(text)
 
 
 def write_text(path: Path, text: str) -> None:

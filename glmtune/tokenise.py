@@ -18,10 +18,11 @@ from typing import Any
 from . import __version__, data, mixing, sources, store
 from .chat import Template
 from .errors import UserError
+from .files import digest as digest_of
 from .hub import cache_root
 from .records import Example
 from .stages import STAGES, Limits, Stage, Tally, finish
-from .store import Block, Store, Writer, digest_of
+from .store import Block, Store, Writer
 
 CHUNK = 256  # rows that a worker takes at once
 KEEP = 2000  # rows from which on a store is kept on the disk

@@ -4,7 +4,7 @@ import errno
 import os
 from pathlib import Path
 
-from . import estimate, options, plan, runfolder, settings
+from . import estimate, families, options, plan, runfolder, settings
 from .errors import UserError
 from .progress import Report, Screen
 from .run import Resolved, Run
@@ -32,13 +32,15 @@ def train(run: Run, *, resume: bool = False, screen: Screen | None = None) -> Re
             done = runfolder.read_finished(out)
             screen.say(f"{out} is finished already; nothing to do")
             return Report.of(out, done, runfolder.read_jsonl(out / "samples.jsonl"))
+        base = None if stored is None else families.base_of(stored, next(iter(runfolder.saved(out).values()), out), screen.say)
+        run = run if stored is None else settings.as_recorded(run, stored.resolved or {})
         if stored is not None and (began := (stored.resolved or {}).get("date")):
             run = run.model_copy(update={"date": began})  # what the prompts of this run say, whatever the day
-        made = plan.make(run, screen.say, screen.counting("rows tokenised"))
+        made = plan.make(run, screen.say, screen.counting("rows tokenised"), base)
         screen.stop()
         chosen = dict(stored.resolved or {}) if stored is not None else {}
         if not chosen.keys() >= Resolved.__annotations__.keys():  # new, or of a version that chose less
-            chosen = settings.resolve(made) | chosen
+            chosen = settings.resolve(made) | settings.base(made) | settings.built_on(run) | chosen
         settings.refuse_other_data(chosen, made, out)
         settings.refuse_without_room(made, chosen, out)
         screen.plan(made)

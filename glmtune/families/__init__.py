@@ -19,9 +19,21 @@ from ..errors import UserError, did_you_mean
 from ..options import write_whole
 from . import baichuan, chatglm, internlm, llama, smollm2, weights
 from .family import Family, Vocabulary, about_generation, computed, same_names
-from .place import Place, adapter_config, locate, resolve
+from .fingerprint import fingerprint, trained_on
+from .place import Place, adapter_config, base_of, checkpoints, locate, resolve
 
-__all__ = ["OURS", "Place", "adapter_config", "locate", "register", "resolve"]  # with everything defined here
+__all__ = [
+    "OURS",
+    "Place",
+    "adapter_config",
+    "base_of",
+    "checkpoints",
+    "fingerprint",
+    "locate",
+    "register",
+    "resolve",
+    "trained_on",
+]  # with everything defined here
 
 # model_type of a published config.json -> who reads it. None: the folder is what transformers knows itself.
 READERS: dict[str, Callable[[Path, dict[str, Any]], Family | None]] = {

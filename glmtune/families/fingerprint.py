@@ -23,6 +23,7 @@ SETTLED_NS = 2_000_000_000  # a file that changed just now may change again with
 # Keys of config.json that change nothing of what is computed (the tensors' own dtypes count).
 HOUSEKEEPING = ("_name_or_path", "transformers_version", "architectures", "auto_map", "use_cache", "torch_dtype", "dtype")
 
+NOTE = "base_fingerprint"  # the key in the metadata of an adapter's file
 State = tuple[str, int, int, int, int]
 
 
@@ -44,6 +45,17 @@ def fingerprint(folder: Path) -> str:
         files.setdefault(item.path, []).append(item)
     entries = [entry for path, items in files.items() for entry in _digests(_state(path), tuple(items))]
     return _hash(json.dumps([kept, sorted(entries)], sort_keys=True).encode())
+
+
+def trained_on(adapter: Path) -> str | None:
+    """The fingerprint of the base that an adapter folder was made for, out of its file's header; None where it says nothing of it."""
+    try:
+        with open(adapter / "adapter_model.safetensors", "rb") as file:
+            header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 1 << 26)))
+        found = header.get("__metadata__", {}).get(NOTE)
+    except (OSError, ValueError, AttributeError):
+        return None  # what is wrong with the file is told where it is opened
+    return found if isinstance(found, str) else None
 
 
 def _hash(data: bytes) -> str:
