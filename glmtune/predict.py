@@ -63,7 +63,10 @@ def predict(
 
 
 def _line(item: dict[str, Any]) -> str:
-    return json.dumps(item, ensure_ascii=False) + "\n"
+    text = json.dumps(item, ensure_ascii=False)
+    if any("\ud800" <= letter <= "\udfff" for letter in text):  # half a surrogate pair in a key that no question is made of
+        text = json.dumps(item)
+    return text + "\n"
 
 
 def _row(number: int, text: str) -> dict[str, Any]:
@@ -91,8 +94,7 @@ def fingerprint(model: Any) -> str:
     """A digest of what a model computes with: every number it holds (weights, packed ones, adapter, prefix), its config, its precision and
     the kind of device.
 
-    It is taken of the model in memory, not of files: so it follows any adapter that was put on, whatever was read from where, and costs
-    about a second for each four gigabytes.
+    It is taken of the model in memory, not of files: so it follows any adapter that was put on, whatever was read from where.
     """
     import torch
 

@@ -305,6 +305,13 @@ def test_a_row_with_two_different_answers_is_answered_again(loaded, tmp_path):
     )
 
 
+def test_a_row_comes_back_with_whatever_its_other_keys_hold(loaded, tmp_path):
+    """Half a surrogate pair in a key that no question is made of: it stopped the writing, once all answers were there."""
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "hi", "note": "\\ud800 \u2028 你"}\n', encoding="utf-8")
+    predict(loaded, rows(tmp_path / "rows.jsonl"), tmp_path / "o.jsonl", GREEDY)
+    assert json.loads((tmp_path / "o.jsonl").read_text(encoding="utf-8"))["note"] == "\ud800 \u2028 你"
+
+
 # --- the command --------------------------------------------------------------------------------------------------------------
 
 
