@@ -46,6 +46,14 @@ Temperature = Annotated[
     float | None, typer.Option(help="0 is greedy; not given: the model's published setting.", show_default=False)
 ]
 TopP = Annotated[float | None, typer.Option(help="Nucleus sampling; not given: the model's published setting.", show_default=False)]
+TopK = Annotated[
+    int | None,
+    typer.Option(help="Only the k likeliest tokens, 0: all; not given: the model's published setting.", show_default=False),
+]
+Penalty = Annotated[
+    float | None,
+    typer.Option(help="Of tokens that stand there already, 1: none; not given: the model's published setting.", show_default=False),
+]
 Columns = Annotated[str | None, typer.Option(help="Which key holds what: prompt=question,response=answer", show_default=False)]
 Format = Annotated[str | None, typer.Option(help="The rows' form, if their keys do not show it.", show_default=False)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
@@ -167,6 +175,8 @@ def predict(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Only the k likeliest tokens; 0: all.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="Of tokens that stand there already; 1: none.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows answered at once.")] = 16,
     quant: Quant = None,
@@ -178,7 +188,7 @@ def predict(
     from .options import build
     from .run import Source
 
-    sampling = Sampling(temperature, top_p, max_new_tokens, seed)
+    sampling = Sampling(temperature, top_p, max_new_tokens, seed, top_k, repetition_penalty)
     how = {"format": format, "columns": _columns(columns), "max_samples": max_samples, "system": system}
     sources = [build(Source, {"path": path, **how}, "DATA") for path in data]
     place = families.locate(model, adapter, _say)
@@ -198,7 +208,7 @@ def predict(
     loaded = load(model, device=device, adapter=adapter, quant=quant, say=_say)
     screen = Terminal()
     try:
-        start(loaded, found.rows, out, sampling, batch_size, screen.asking("answers", len(found.rows)))
+        start(loaded, found.rows, out, sampling, batch_size, screen.asking("answers", len(found.rows)), _say)
     except KeyboardInterrupt:
         raise Interrupted(f"stopped; answers so far are kept in {out}.part, the same command continues") from None
     finally:
@@ -251,6 +261,8 @@ def chat(
     ] = None,
     temperature: Temperature = None,
     top_p: TopP = None,
+    top_k: TopK = None,
+    repetition_penalty: Penalty = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
     seed: Annotated[int | None, typer.Option(help="Of sampling; not given: new every time.", show_default=False)] = None,
     quant: Quant = None,
@@ -259,7 +271,10 @@ def chat(
     """Talk to a model. In a pipe, each line is one turn of the same conversation."""
     from .generate import Sampling
 
-    given = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed}
+    given = {
+        "temperature": temperature, "top_p": top_p, "top_k": top_k, "repetition_penalty": repetition_penalty,
+        "max_new_tokens": max_new_tokens, "seed": seed,
+    }  # fmt: skip
     sampling = {key: value for key, value in given.items() if value is not None}
     Sampling(**sampling)  # refuses bad values before the model loads
     from . import repl

@@ -30,7 +30,8 @@ class Loaded:
         return self
 
     def chat(self, messages: str | Sequence[dict[str, Any]], **sampling: Any) -> str:
-        """The answer to a question or to OpenAI-style messages. sampling: temperature, top_p, max_new_tokens, seed."""
+        """The answer to a question or to OpenAI-style messages. sampling: options of
+        `generate.Sampling` (temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed) in place of the published ones."""
         return "".join(self.stream(messages, **sampling))
 
     def stream(self, messages: str | Sequence[dict[str, Any]], **sampling: Any) -> Iterator[str]:
@@ -60,6 +61,7 @@ def load(
     import torch
 
     place = families.locate(path_or_id, adapter, say)
+    settings = published_settings(place.base, say)  # bad ones are told before the model loads
     if quant is None:
         quant = place.quant or ("keep" if families.published_quant(place.base) else None)
     target = families.pick_device(device) if isinstance(device, str) else device
@@ -85,4 +87,4 @@ def load(
     )  # an adapter's own tokenizer
     targets = sorted({name.split(".")[-1] for name in methods.blocks(model)})
     tokenizer = families.hf_tokenizer(place.base, template)
-    return Loaded(model, tokenizer, template, targets, place.system, published_settings(place.base))
+    return Loaded(model, tokenizer, template, targets, place.system, settings)

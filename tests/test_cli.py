@@ -351,15 +351,6 @@ def test_predict_stopped_by_ctrl_c_says_how_to_go_on(stopped):
     assert "the same command continues" in stopped.err
 
 
-def test_answers_to_other_questions_are_not_taken_over(glmtune, trained, tmp_path):
-    """A .part left by another command (other rows, other settings) is begun anew."""
-    data, out = questions(tmp_path, 3), tmp_path / "p.jsonl"
-    stale = {"header": "of another command"}, {"row": 0, "prediction": "stale"}
-    tiny.write_rows(tmp_path / "p.jsonl.part", list(stale))
-    assert glmtune("predict", trained, data, "--out", out, *COLUMNS, "--max-new-tokens", 3).code == 0
-    assert "stale" not in out.read_text()
-
-
 def test_predict_names_a_question_that_is_too_long_before_it_starts(glmtune, tiny_model, tmp_path):
     data = tiny.write_rows(tmp_path / "q.jsonl", [{"instruction": "a"}, {"instruction": "e " * 900}, {"instruction": "b"}])
     ended = glmtune("predict", tiny_model, data, "--out", tmp_path / "p.jsonl", "--max-new-tokens", 2)

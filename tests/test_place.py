@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from glmtune import cli, families, training
 from glmtune.errors import UserError
+from glmtune.files import digest
 from glmtune.run import load_run
 
 from . import tiny
@@ -68,7 +69,7 @@ def projects(made, tmp_path, monkeypatch) -> Path:
             config.write_text(config.read_text().replace(str(made), str(root)))
         for state in (root / "X" / out).rglob("state.json"):
             kept = json.loads(state.read_text())
-            kept["files"] |= {name: training.digest_of(state.parent / name) for name in kept["files"]}
+            kept["files"] |= {name: digest(state.parent / name) for name in kept["files"]}
             state.write_text(json.dumps(kept))
     monkeypatch.chdir(root / "Y")
     return root
@@ -159,7 +160,7 @@ def test_a_run_is_resumed_on_its_own_base_from_anywhere(projects, monkeypatch, v
         old(projects / "X" / "cut")
         for state in (projects / "X" / "cut").rglob("state.json"):
             kept = json.loads(state.read_text())
-            kept["files"] |= {name: training.digest_of(state.parent / name) for name in kept["files"]}
+            kept["files"] |= {name: digest(state.parent / name) for name in kept["files"]}
             state.write_text(json.dumps(kept))
     monkeypatch.chdir(projects / "X")
     go("straight", "optim.steps=3")
