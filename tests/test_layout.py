@@ -21,6 +21,8 @@ ORDER = [
     "blocks",
     "reading",
     "sources",
+    "shell",
+    "oldfiles",
     "oldruns",
     "tools",
     "forms",

@@ -10,7 +10,7 @@ import yaml
 
 from glmtune import oldruns, options, sources
 from glmtune.errors import UserError
-from glmtune.oldruns import DEFAULTS, EFFICIENT, LLAMA_FACTORY, NO_COUNTERPART, NOT_NEEDED
+from glmtune.oldfiles import ALIASES, DEFAULTS, EFFICIENT, LLAMA_FACTORY, MARKS, NO_COUNTERPART, NOT_NEEDED, TRAINING_ARGUMENTS
 from glmtune.run import Run
 
 LF: dict[str, Any] = {
@@ -484,7 +484,7 @@ def test_several_commands_in_one_file():
         (dict(LF, lora_rank=0), "method.rank"),
         ({"model": "m", "data": "d", "out": "o"}, "a run file of glmtune already"),
         ({"colour": "red"}, "not a run file of a tool that is known here"),
-        ("python src/cli_demo.py --model_name_or_path m", "no command that starts a training"),
+        ("python src/cli_demo.py --model_name_or_path m", "trains nothing (it runs cli_demo.py); here that is: glmtune chat"),
         (C + "--lora_rank $R", "lora_rank is $R, and $R is set nowhere"),
         (C + "--lora_rank '8", "cannot be read as a command line"),
         ("python train_lora.py --data_path x", "needs --train_args_file"),
@@ -567,4 +567,4 @@ def test_which_files_are_run_files():
 
 
 def test_defaults_are_known_for_every_tool():
-    assert set(DEFAULTS) == set(oldruns.ALIASES)
+    assert set(DEFAULTS) == set(ALIASES)
