@@ -380,7 +380,6 @@ def _v1(tree: dict[str, Any], folder: Path, cards: int | None, shown: str, comma
     old = _old(LLAMA_FACTORY_V1, given, folder, cards, why, stage=stage)
     if guessed:
         old.beside.append(f"guessed: stage {stage}: this file does not say it (llamafactory-cli sft, dpo or rm did); {why}")
-    old.given.pop("quantization_method", None) if old.given.get("quantization_method") == "auto" else None
     return old
 
 

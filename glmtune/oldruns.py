@@ -501,7 +501,7 @@ def _quant(old: Old, made: Made) -> None:
         made.note(f"quant: left out ({origin}), since method {kind} trains weights, which cannot be done in {bits} bits")
     elif kind == "prefix" and bits in (4, 8):  # both tools call ChatGLM's own quantize() for prefixes
         made.put("quant", f"chatglm-int{bits}", origin + ": ChatGLM's own quantisation")
-    elif bits in (4, 8) and way in ("bnb", "bitsandbytes"):
+    elif bits in (4, 8) and way in ("bnb", "bitsandbytes", "auto"):
         made.put("quant", {4: "nf4", 8: "int8"}[bits], origin)
         if form == "fp4":
             made.note("quantization_type fp4: 4 bits are nf4 here")
@@ -656,14 +656,19 @@ def _rest(old: Old, made: Made) -> None:
         made.put("precision", "bf16", old.origin("bf16", "pure_bf16"))
         if old.flag("pure_bf16"):
             made.note("pure_bf16: trained weights and the optimizer stay fp32")
+    elif old.tool == LLAMA_FACTORY_V1:  # where it is on unless it is switched off
+        made.put("precision", "fp32", old.origin("bf16"))
     elif old.flag("fp16"):
         made.put("precision", "fp16", old.origin("fp16"))
         warning = fp16_overflows(str(made.tree["model"]))
         if warning:
             made.note(warning)
     old.taken |= {"bf16", "fp16", "pure_bf16"}
-    if old.flag("disable_gradient_checkpointing"):
-        made.put("checkpointing", False, old.origin("disable_gradient_checkpointing"))
+    off = [name for name in ("disable_gradient_checkpointing",) if old.flag(name)]
+    if old.tool == LLAMA_FACTORY_V1 and not old.flag("gradient_checkpointing"):
+        off = ["gradient_checkpointing"]
+    if off:
+        made.put("checkpointing", False, old.origin(*off))
     elif old.flag("gradient_checkpointing"):
         made.put("checkpointing", True, old.origin("gradient_checkpointing"))
     old.taken.add("gradient_checkpointing")

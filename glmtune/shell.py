@@ -1,4 +1,4 @@
-"""What a shell script runs: each command as its words, read as bash reads them (POSIX Shell Command Language, 2; bash manual, 3). Nothing is run.
+"""What a shell script runs: each command as its words, as bash reads them (POSIX Shell Command Language, 2; bash manual, 3). Nothing is run.
 
 Followed are quotes, comments, continued lines, redirections, here-documents, variables, arrays, functions, `for` over words, `eval` and
 `bash -c`. What only a running shell can fill (a variable of the environment, `$(date)`, one that is set in two branches) stays in the
