@@ -12,6 +12,7 @@ from typing import Any
 from . import __version__, estimate, families, hub
 from .errors import UserError
 from .families import smollm2
+from .run import fp16_overflows
 
 PACKAGES = (
     "torch",
@@ -171,8 +172,7 @@ def fit(name: str, size: str, say=lambda text: None) -> dict[str, Any]:
 def _advice(name: str, config: dict[str, Any], device: Any) -> str:
     usual = families.pick_precision("auto", device)
     text = f"{usual} on this machine ({device})"
-    if name.startswith(("ChatGLM3", "GLM-4")) or (
-        name.startswith("Glm") and config.get("model_type") in ("glm", "glm4")
-    ):  # THUDM/ChatGLM3 PR 689, LLaMA-Factory 4202: loss 0, NaN
+    # A published ChatGLM of any generation has the model_type "chatglm"; its name tells which.
+    if fp16_overflows(name) or (name.startswith("Glm") and fp16_overflows(str(config.get("model_type")))):
         text += "; not fp16: activations of ChatGLM3 and GLM-4 pass its largest number"
     return text

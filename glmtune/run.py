@@ -5,6 +5,7 @@ gets that group only; nothing but this file sees all options together.
 """
 
 import datetime
+import re
 from collections.abc import Iterable
 from glob import glob
 from pathlib import Path
@@ -232,6 +233,16 @@ Chat = Literal[  # the names of chat.FORMS and families.CHATS
 ]  # fmt: skip
 METHODS: dict[str, type[Options]] = {"lora": Lora, "prefix": Prefix, "freeze": Freeze, "full": Full}
 ADAPTERS = ("lora", "prefix")  # methods whose result stands beside the base model; of the others it is a whole model
+
+
+def fp16_overflows(model: str) -> str | None:
+    """The warning for precision fp16 on a model, by its name, folder or model_type; None where fp16 does.
+
+    Source: THUDM/ChatGLM3 PR 689, hiyouga/LLaMA-Factory issue 4202 (loss 0 or NaN).
+    """
+    if re.search(r"chatglm3|glm-?4(?!\.[5-9]|_moe|v)|^glm$", model.lower()):
+        return "fp16: activations of ChatGLM3 and GLM-4 pass its largest number (65504), and the loss becomes 0 or nan; use bf16 or fp32"
+    return None
 
 
 class _Optimizer(Options):

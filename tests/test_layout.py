@@ -24,6 +24,8 @@ ORDER = [
     "decoding",
     "reading",
     "sources",
+    "shell",
+    "oldfiles",
     "oldruns",
     "tools",
     "forms",
