@@ -24,7 +24,7 @@ from . import quality, tools
 from .blocks import printable
 from .data import Problem, Rows, problem_of
 from .errors import UserError
-from .forms import Form, Reading, Record, Want, choose_forms, open_file, recognise, shape
+from .forms import Form, Reading, Record, Want, choose_forms, is_ranking, open_file, parse_rows, recognise, shape
 from .options import build
 from .reading import Broken, DataError, File, Item, left_out, suffix_of
 from .records import Conversation, Document, Labelled, Preference, Turn
@@ -175,9 +175,10 @@ def _survey_all(paths: Sequence[str | Path], columns: dict[str, str] | None, for
 
 @dataclass
 class _Kind:
-    """Rows that are alike in all that decides on use and form: the first of them, and how many there are."""
+    """Rows that are alike in all that decides on use and form: the first of them, how many there are, and what they can be read as."""
 
     row: dict[str, Any]
+    uses: frozenset[Want]
     count: int = 0
 
 
@@ -195,12 +196,12 @@ def _survey(checked: Checked) -> int:
                 continue
             first = first or item.line
             if isinstance(value := source.adapt(item.value), dict):
-                kinds.setdefault((shape(value), _label_of(value), *_last_speakers(value)), _Kind(value)).count += 1
+                _add(kinds, value, source.columns)
                 keys |= dict.fromkeys(value) if len(keys) < 10_000 else {}
         if not count:
             raise DataError("empty-file", "the file has no rows")
-        checked.want = _use(list(kinds.values()), source.columns, source.format)
-        reading = Reading(checked.want, format=source.format, columns=source.columns)
+        checked.want = _want_of(checked, kinds)
+        reading = Reading(checked.want, format=source.format, columns=source.columns, header=file.layout == "csv")
         seen = list(kinds.values())
         try:
             chosen = choose_forms([kind.row for kind in seen], reading, [kind.count for kind in seen])
@@ -245,39 +246,95 @@ def _read(checked: Checked) -> Iterator[Row]:
     checked.notes = rows.notes
 
 
+def _add(kinds: dict[Any, _Kind], row: dict[str, Any], columns: dict[str, str] | None, read: bool = False) -> None:
+    """One more row of its kind. read: what it can be read as is found by reading it, not by its keys alone."""
+    answer = row.get((columns or {}).get("response", ""))
+    key = shape(row), type(answer), is_ranking(answer), _label_of(row), *_last_speakers(row)
+    if read:
+        key = (*key, uses := frozenset(want for want in _USES if _is_readable(row, want)))
+    elif key not in kinds:
+        uses = frozenset(want for want in _USES if recognise(row, want))
+    else:
+        uses = frozenset[Want]()
+    kinds.setdefault(key, _Kind(row, uses)).count += 1
+
+
+_USES: tuple[Want, ...] = ("preferences", "labels", "answers", "text", "prompts")
+
+
+def _is_readable(row: dict[str, Any], want: Want) -> bool:
+    form = recognise(row, want)
+    try:
+        return form is not None and bool(parse_rows(row, form, want))
+    except DataError:
+        return False
+
+
+def _want_of(checked: Checked, kinds: dict[Any, _Kind]) -> Want:
+    """What a file is for. Where its rows disagree, only those count that can be read: damaged rows, however many, say nothing."""
+    source = checked.source
+    if len({_use([kind], source.columns, source.format) for kind in kinds.values()}) > 1:
+        readable: dict[Any, _Kind] = {}
+        for item in checked.items(checked.open()):
+            if isinstance(item, Item) and isinstance(value := source.adapt(item.value), dict):
+                _add(readable, value, source.columns, read=True)
+        kinds = readable
+    return _use(list(kinds.values()), source.columns, source.format)
+
+
 def _use(kinds: Sequence[_Kind], columns: dict[str, str] | None, format: str | None) -> Want:
-    """What a file's rows are for: what most of them can be read as, the stage that has keys of its own first."""
+    """What most rows can be read as, the stage that has keys of its own first."""
+
+    def count(test: Callable[[_Kind], bool]) -> int:
+        return sum(kind.count for kind in kinds if test(kind))
+
     if columns is not None:
         if "text" in columns:
             return "text"
-        return "preferences" if {"chosen", "rejected"} & columns.keys() else "labels" if "label" in columns else "answers"
-    if format in ("text", "preference"):
+        answer = columns.get("response", "")
+        rankings, texts = (
+            (count(lambda kind: is_ranking(kind.row.get(answer)))),
+            count(lambda kind: isinstance(kind.row.get(answer), str)),
+        )
+        if {"chosen", "rejected"} & columns.keys() or rankings > texts:
+            return "preferences"
+        return "labels" if "label" in columns else "answers"
+    if format in ("text", "preference", "preference_messages"):
         return "text" if format == "text" else "preferences"
-    rows, total = [kind.row for kind in kinds], sum(kind.count for kind in kinds)
-
-    def most(test: Callable[[dict[str, Any]], bool]) -> bool:
-        return sum(kind.count for kind in kinds if test(kind.row)) * 2 > total
-
-    if most(lambda row: recognise(row, "preferences") is not None):
+    total = count(_is_answered)
+    if count(lambda kind: "preferences" in kind.uses) * 2 > total:
         return "preferences"
-    if most(_is_labelled) or (rows and all(map(_is_zero_or_one, rows))):
+    if count(_is_labelled) * 2 > total or (total and all(_is_zero_or_one(kind) for kind in kinds if _is_answered(kind))):
         return "labels"
     if format is not None:
         return "answers"
-    if most(lambda row: "text" in row and recognise(row, "prompts") is None):
+    if count(_is_text) * 2 > total:
         return "text"
-    return "prompts" if rows and all(map(_is_bare_prompt, rows)) else "answers"
+    return "prompts" if not total and count(_is_bare) * 2 > count(lambda kind: "prompts" in kind.uses) else "answers"
 
 
-def _is_labelled(row: dict[str, Any]) -> bool:
+def _is_answered(kind: _Kind) -> bool:
+    """More than a question: rows of this kind are for one of the stages that learn."""
+    return _is_text(kind) or (bool(kind.uses & {"answers", "preferences"}) and not _is_bare(kind))
+
+
+def _is_text(kind: _Kind) -> bool:
+    return "text" in kind.uses and recognise(kind.row, "prompts") is None
+
+
+def _is_bare(kind: _Kind) -> bool:
+    return "prompts" in kind.uses and _is_bare_prompt(kind.row)
+
+
+def _is_labelled(kind: _Kind) -> bool:
     """True and false only: a number or a word under 'label' is more likely the class of a text."""
-    label = row.get("label", row.get("kto_tag"))
-    return str(label).lower() in ("true", "false") and recognise(row, "labels") is not None
+    label = kind.row.get("label", kind.row.get("kto_tag"))
+    return "labels" in kind.uses and str(label).lower() in ("true", "false")
 
 
-def _is_zero_or_one(row: dict[str, Any]) -> bool:
+def _is_zero_or_one(kind: _Kind) -> bool:
     """Beside a completion (TRL) these are good and bad, where no row has another number."""
-    return "completion" in row and str(row.get("label")) in ("0", "1") and recognise(row, "labels") is not None
+    return "labels" in kind.uses and "completion" in kind.row and str(kind.row.get("label")) in ("0", "1")
 
 
 def _is_bare_prompt(row: dict[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import UserError, did_you_mean
-from .forms import Form, Reading, Record, Want, choose_forms, open_file, parse_rows
+from .forms import RANKED, Form, Reading, Record, Want, choose_forms, open_file, parse_rows
 from .mixing import content_hash, mix, parts, split, split_hashes
 from .reading import Broken, DataError, File, Item, some
 from .records import Document, Preference, Turn
@@ -110,11 +110,13 @@ class Lot:
 
 @dataclass
 class Read:
-    """What became of a lot. `count` is the number of its records; `used` how many rows are of which of the lot's forms."""
+    """What became of a lot. `count` is the number of its records; `used` how many rows are of which of the lot's forms; `ranked` how
+    many have more than two answers, by their number."""
 
     records: list[Any] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     used: Counter[int] = field(default_factory=Counter)
+    ranked: Counter[int] = field(default_factory=Counter)
     marks: "_Marks" = field(default_factory=lambda: _Marks({}))
     count: int = 0
 
@@ -129,6 +131,7 @@ class _Open:
     left: int | None  # how many of its rows are wanted; None: all
     notes: list[str]
     used: Counter[int] = field(default_factory=Counter)
+    ranked: Counter[int] = field(default_factory=Counter)
 
 
 @dataclass
@@ -211,6 +214,7 @@ class Stream:
                 made.problems.append(found)
                 continue
             made.used[row[2]] += 1
+            made.ranked.update(_ranked(found))
             for record in found:
                 if self.variables:
                     made.marks.add(_texts(record))
@@ -226,10 +230,11 @@ class Stream:
         self._marks.join(read.marks)
         self._counts[opened.number] += read.count
         opened.used += read.used
+        opened.ranked += read.ranked
         if not last:
             return
         try:
-            rows.finish(opened.used)
+            rows.finish(opened.used, opened.ranked)
         except DataError as error:
             raise _refusal(rows.file.name, rows, error) from None
         if opened.left == rows.count and rows.notes:
@@ -297,13 +302,14 @@ class Rows:
         self.first_broken: Broken | None = None
 
     def __iter__(self) -> Iterator[tuple[Item | Broken, list[Record] | Problem]]:
-        used: Counter[int] = Counter()
+        used, ranked = Counter[int](), Counter[int]()
         for row in self._recognised():
             found = _read_row(self.file.name, self.forms, row, self.reading.want, self.reading.join)
             if not isinstance(found, Problem):
                 used[row[2]] += 1
+                ranked.update(_ranked(found))
             yield row[0], found
-        self.finish(used)
+        self.finish(used, ranked)
 
     def lots(self, size: int) -> Iterator[tuple[list[Recognised], bool]]:
         """Up to `size` rows at a time, and whether they are the last. Where reading ends in a DataError, what came before it is handed
@@ -336,7 +342,7 @@ class Rows:
         values = [self.adapt(item.value) for item in good]
         _count_keys(self._keys, values)
         try:
-            self._main, form_of = choose_forms(values, self.reading)
+            self._main, form_of = choose_forms(values, replace(self.reading, header=self.file.layout == "csv"))
             self._columns = self._check_columns() if whole else None
         except DataError as error:
             error.line = good[0].line if good else 1
@@ -357,11 +363,15 @@ class Rows:
                 self.forms.append(form)
             yield item, value, place
 
-    def finish(self, used: Counter[int]) -> None:
-        """used: how many rows are of which of `forms`. Raises DataError for columns that no row has."""
+    def finish(self, used: Counter[int], ranked: Counter[int]) -> None:
+        """used: how many rows are of which of `forms`; ranked: see Read. Raises DataError for columns that no row has."""
         counts = Counter({self.forms[one].describe(self._keys): count for one, count in used.items()})
         forms = [self._main, *(self.forms[one] for one in used)]
         self.notes = _file_notes(self.file, counts, forms, self._keys, self.reading.want)
+        if ranked:
+            several = f"{min(ranked)} to {max(ranked)}" if len(ranked) > 1 else f"{min(ranked)}"
+            said = f"{ranked.total()} rows have {several} answers, the best first: the first two are read, as chosen and rejected"
+            self.notes.append(f"{self.file.name}: {said}")
         self.notes += self._columns if self._columns is not None else self._check_columns()
         self.form = self._main.name
 
@@ -376,8 +386,14 @@ class Rows:
         return found, True
 
     def _check_columns(self) -> list[str]:
-        known = self.reading.columns is not None and self._keys
-        return _check_columns(self._main, self._keys, self.reading.want) if known else []
+        if self.reading.columns is None or not self._keys:
+            return []
+        try:
+            return _check_columns(self._main, self._keys, self.reading.want)
+        except DataError as error:
+            if self.file.layout != "csv" or self._keys.keys() & {*self._main.names.values()}:
+                raise
+            raise DataError(error.kind, f"{error}; is the header (the first line, with the columns' names) missing?") from None
 
 
 def _read_row(name: str, forms: list[Form], row: Recognised, want: Want, join: str) -> list[Record] | Problem:
@@ -390,6 +406,10 @@ def _read_row(name: str, forms: list[Form], row: Recognised, want: Want, join: s
         return Problem(name, item.line, error.kind, str(error))
     where = f"{name}:{item.line}"
     return [replace(record, where=where, meta={"row": item.value, **record.meta}) for record in made]
+
+
+def _ranked(records: list[Record]) -> Iterator[int]:
+    return (record.meta[RANKED] for record in records if RANKED in record.meta)
 
 
 def _count_keys(keys: Counter[str], values: Iterable[Any]) -> None:

@@ -238,7 +238,7 @@ def test_a_labelled_row_is_good_or_bad(row: dict, good: bool) -> None:
         ({"prompt": "q", "chosen": [], "rejected": []}, "preferences", "wrong-type", "'chosen' must be a string, not a list"),
         ({"prompt": " ", "chosen": "a", "rejected": "b"}, "preferences", "empty-question", "the question is empty"),
         ({"instruction": "q", "output": ["a", "b"]}, "answers", "preference-row", "preference stage (dpo, reward)"),
-        ({"instruction": "q", "output": ["a", "b", "c"]}, "answers", "wrong-type", "'output' must be a string, not a list"),
+        ({"instruction": "q", "output": ["a", "b", "c"]}, "answers", "preference-row", "preference stage (dpo, reward)"),
         ({"prompt": "q", "completion": "a"}, "labels", "missing-key", "needs the key 'label'"),
         ({"prompt": "q", "completion": "a", "label": "yes"}, "labels", "wrong-type", "'label' must be true (a good answer) or false"),
         ({"prompt": "q", "completion": "a", "label": None}, "labels", "wrong-type", "'label' must be"),

@@ -251,10 +251,10 @@ def test_a_row_beyond_the_limit_is_refused_with_its_line_and_not_held() -> None:
             items(name, content, limit=2_000_000)
         assert caught.value.line == 3 and caught.value.kind == "row-too-long"
     assert len(items("a.jsonl", lines(rows(2)) + long)) == 3
-    broken = b'{"data": [\n' + b",\n".join([*lines(rows(9)).splitlines(), b'{"a" 1}', *lines(rows(90_000)).splitlines()]) + b"]}"
-    with pytest.raises(reading.DataError, match="expected ':', got '1},'.*no row ends within") as caught:
+    broken = b'{"a": {"b": 1} ' + b", ".join([*lines(rows(9)).splitlines(), b'{"a" 1}', *lines(rows(90_000)).splitlines()]) + b"]}"
+    with pytest.raises(reading.DataError, match="expected ',', got '{.*no row ends within") as caught:
         items("a.json", broken, limit=2_000_000)
-    assert (caught.value.line, caught.value.column) == (11, 6)
+    assert (caught.value.line, caught.value.column) == (1, 16)
 
 
 MEASURE = """
