@@ -143,9 +143,9 @@ def _fits(name: str, form: Form, row: dict[str, Any], need: Want) -> bool:
     if "chosen" in NAMES[name]:
         return need == "preferences" and {NAMES[name]["chosen"], NAMES[name]["rejected"]} <= row.keys()
     pair = "chosen" in row and "rejected" in row
-    if need == "preferences" and name != "preference":
-        if not pair and not (form.names.get("response") == "output" and is_ranking(row.get("output"))):
-            return False
+    ranked = form.names.get("response") == "output" and is_ranking(row.get("output"))
+    if need == "preferences" and name != "preference" and not pair and not ranked:
+        return False
     if name == "belle":
         return _has_rounds(row["instruction"])
     if name in _FREE:
