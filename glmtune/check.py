@@ -25,6 +25,7 @@ from .blocks import printable
 from .data import Problem, Rows, problem_of
 from .errors import UserError
 from .forms import Form, Reading, Record, Want, choose_forms, open_file, recognise, shape
+from .options import build
 from .reading import Broken, DataError, File, Item, left_out, suffix_of
 from .records import Conversation, Document, Labelled, Preference, Turn
 from .run import Source
@@ -154,7 +155,7 @@ def _survey_all(paths: Sequence[str | Path], columns: dict[str, str] | None, for
     for given in map(str, paths):
         if given.endswith((".yaml", ".yml")):  # as plain text all of its lines would be good
             raise UserError(f"{given} is a run file or a registry, no data; name the files, or the data sets, under its `data:`")
-    for source in find([Source(path=str(given), columns=columns, format=format) for given in paths]):
+    for source in find([build(Source, {"path": str(given), "columns": columns, "format": format}, "FILES") for given in paths]):
         most = left = source.max_samples
         more = left_out(source.path)
         for path, name in source.files:

@@ -173,10 +173,12 @@ def predict(
     """Answer every row of a file, in order. Interrupted, the same command continues."""
     from . import families
     from .generate import Sampling
+    from .options import build
     from .run import Source
 
     sampling = Sampling(temperature, top_p, max_new_tokens, seed)
-    sources = [Source(path=path, format=format, columns=_columns(columns), max_samples=max_samples, system=system) for path in data]
+    how = {"format": format, "columns": _columns(columns), "max_samples": max_samples, "system": system}
+    sources = [build(Source, {"path": path, **how}, "DATA") for path in data]
     place = families.locate(model, adapter, _say)
     from . import data as data_module
     from .chat import JOIN

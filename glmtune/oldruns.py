@@ -552,7 +552,7 @@ def _of_command(path: Path, env: dict[str, str], words: list[str], at: int, toke
     file = next((word for word in rest[:1] if Path(word).suffix in (".yaml", ".yml", ".json")), None)
     if file is not None:
         pairs = (word.partition("=") for word in rest[1:] if "=" in word and not word.startswith("--"))
-        given = {**_tree(_beside(path.parent, file)), **{key: _plain(value) for key, _, value in pairs}, **given}
+        given = {**_tree(_beside(path.parent, file)), **{key: options.plain_value(value) for key, _, value in pairs}, **given}
     if script in SCRIPTS:
         version = VERSIONS.get((script, str(given.get("model_version"))))
         implied = {"model_name_or_path": version} if version else {}
@@ -573,14 +573,6 @@ def _of_command(path: Path, env: dict[str, str], words: list[str], at: int, toke
     if script == "main.py" or any(name.isupper() and len(name) > 1 for name in given):
         return _old(LORA_TRAINER, given, path.parent, 1)
     return _hf(given, path.parent, cards, str(path))
-
-
-def _plain(text: str) -> Any:
-    """A value of a command line as YAML; what is none is judged where it is used, as it stands."""
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return text
 
 
 def _beside(folder: Path, name: str) -> Path:

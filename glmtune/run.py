@@ -10,7 +10,7 @@ from glob import glob
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
 from . import options
@@ -22,10 +22,24 @@ Positive = Annotated[int, Field(gt=0)]
 Quant = Literal["nf4", "int8", "chatglm-int4", "chatglm-int8"]
 
 
+def _usable(path: str) -> str:
+    names = path.split("/")
+    if len(path.encode()) > 4095 or any(len(name.encode()) > 255 for name in names):
+        raise ValueError(f"{shown(path)} can be no path: the longest have 4095 bytes, and names in them 255")
+    try:
+        Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"there is no home folder {shown(names[0])}") from None
+    return path
+
+
+AnyPath = Annotated[str, AfterValidator(_usable)]  # of a file, a folder, a pattern, or a name on a hub
+
+
 class Source(Options):
     """Where rows come from."""
 
-    path: str = Field(
+    path: AnyPath = Field(
         description="a file (JSON, JSONL, CSV, txt, Parquet, also .gz; content decides), a folder or a pattern of such files, the name of a data set, or hf:owner/name, modelscope:owner/name"
     )
     format: str | None = Field(
@@ -73,7 +87,7 @@ class Eval(Options):
 class Probe(Options):
     """Questions answered before and after training, side by side in samples.jsonl and report.html."""
 
-    path: str = Field(description="a file of rows; their answers, if any, are not used")
+    path: AnyPath = Field(description="a file of rows; their answers, if any, are not used")
     name: str | None = Field(default=None, description="name of this set in the tables; null: the file's name")
     contains: list[str] | None = Field(
         default=None, description="an answer that contains one of these is counted as a hit (case ignored)"
@@ -159,8 +173,8 @@ class Lora(Options):
     modules_to_save: list[str] = Field(
         default=[], description="further modules trained whole, in fp32, and saved in the adapter: embed_tokens, lm_head, norm"
     )
-    start: str | None = Field(default=None, description="an adapter (or a run's folder) whose weights training goes on from")
-    under: list[str] = Field(
+    start: AnyPath | None = Field(default=None, description="an adapter (or a run's folder) whose weights training goes on from")
+    under: list[AnyPath] = Field(
         default=[],
         description="trained LoRA adapters that stay switched on, frozen, beneath the new one; the result holds them too",
     )
@@ -185,7 +199,7 @@ class Prefix(Options):
         default=False, description="make the prefix by a small two-layer network (published: prefix_projection)"
     )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the prefix while training (the published code has 0.1)")
-    start: str | None = Field(default=None, description="a prefix adapter (or a run's folder) that training goes on from")
+    start: AnyPath | None = Field(default=None, description="a prefix adapter (or a run's folder) that training goes on from")
 
 
 class Freeze(Options):
@@ -267,7 +281,7 @@ class Save(Options):
 def _real_newlines(text: str | None) -> str | None:
     if text and "\\n" in text:
         raise ValueError(
-            f"holds a backslash and an n, not a newline: {text!r}; write the text in double quotes (on a command line: '\"...\\n\"')"
+            f"holds a backslash and an n, not a newline: {shown(text)}; write the text in double quotes (on a command line: '\"...\\n\"')"
         )
     return text
 
@@ -286,7 +300,7 @@ class Form(Options):
     @classmethod
     def _has_content(cls, text: str) -> str:
         if text.count("{content}") != 1:
-            raise ValueError(f"must hold {{content}} exactly once; got {text!r}")
+            raise ValueError(f"must hold {{content}} exactly once; got {shown(text)}")
         return _real_newlines(text) or ""
 
 
@@ -330,12 +344,12 @@ class Resolved(TypedDict, total=False):
 class Run(Options):
     """One training run. Only model, data and out are required."""
 
-    model: str = Field(
+    model: AnyPath = Field(
         description="smollm2-135m-instruct (built in), a model folder, or a hub id such as Qwen/Qwen2.5-0.5B-Instruct"
     )
     data: list[Source] = Field(description="what to learn from: a path, a list of paths, or a list of groups")
-    out: str = Field(description="the run's folder: adapter, log, samples, report, checkpoints")
-    registry: str | None = Field(
+    out: AnyPath = Field(description="the run's folder: adapter, log, samples, report, checkpoints")
+    registry: AnyPath | None = Field(
         default=None, description="a data.yaml or dataset_info.json that names data sets; null: data.yaml here, if there is one"
     )
     mixing_temperature: float = Field(
@@ -398,6 +412,13 @@ class Run(Options):
     @classmethod
     def _no_backslash_n(cls, text: str | None) -> str | None:
         return _real_newlines(text)
+
+    @field_validator("out")
+    @classmethod
+    def _no_nul(cls, path: str) -> str:
+        if "\0" in path:
+            raise ValueError(f"no folder can have a NUL in its name, as {shown(path)} has")
+        return path
 
     @model_validator(mode="after")
     def _consistent(self) -> "Run":
@@ -468,6 +489,9 @@ def _sources(value: Any, folder: Path) -> Any:
 
 def _near(path: str, folder: Path) -> str:
     """A path that is not there from here but lies beside the run file is meant relative to the run file."""
-    found = folder / path
-    there = found.exists() or ("*" in path and any(glob(str(found), recursive=True)))
-    return str(found) if not Path(path).expanduser().exists() and there else path
+    try:
+        found = folder / path
+        there = found.exists() or ("*" in path and any(glob(str(found), recursive=True)))
+        return str(found) if not Path(path).expanduser().exists() and there else path
+    except (OSError, ValueError, RuntimeError):  # it can be no path, which `_usable` says
+        return path

@@ -49,7 +49,15 @@ class Wanted:
         """Names the store: contents of the files, how they are read, the template with its tokenizer, the length policy, this program."""
         template, tokens = self.template, self.template.tokens
         reading = [
-            [s.path, s.format, s.columns, s.max_samples, s.system, s.tags, [[name, digest_of(path)] for path, name in s.files]]
+            [
+                s.path,
+                s.format,
+                s.columns,
+                s.max_samples,
+                s.system,
+                s.tags,
+                [[name, _contents(path, name)] for path, name in s.files],
+            ]
             for s in self.sources
         ]
         written = [
@@ -63,6 +71,13 @@ class Wanted:
         ]
         how = [self.stage, asdict(self.limits), self.system, self.variables, self.join]
         return store.key([__version__, _program(), reading, written, how])
+
+
+def _contents(path: Path, name: str) -> str:
+    try:
+        return digest_of(path)
+    except OSError as error:
+        raise UserError(f"the data file '{name}' cannot be read: {error.strerror}") from None
 
 
 def tokenised(
