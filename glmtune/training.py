@@ -23,6 +23,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from . import __version__, batch, estimate, families, options, plan, report
+from .data import fill
 from .errors import Interrupted, UserError
 from .run import ADAPTERS, DEFAULT_LR, Resolved, Run, load_run
 from .stages import STAGES
@@ -781,7 +782,7 @@ def _readme(made: plan.Plan, base: str, whole: bool, not_in_peft: str | None) ->
     from . import adapters
 
     run = made.run
-    system = f" It was trained with the system prompt {run.system!r}." if run.system else ""
+    system = f" It was trained with the system prompt {fill(run.system, run.variables)!r}." if run.system else ""
     about = (
         f"Trained on {run.model} with method {run.method.kind}{f' on weights kept in {made.quant}' if made.quant else ''}.{system}"
     )
