@@ -504,7 +504,7 @@ class _Bad:
 def _finish(record: Record, system: str | None, variables: dict[str, str], want: Want) -> Record:
     """The run's share of a row: default system turn, variables, and for prediction the answer moved to `meta`."""
     if isinstance(record, Document):
-        return replace(record, text=_fill(record.text, variables)) if variables else record
+        return replace(record, text=fill(record.text, variables)) if variables else record
     turns = record.turns
     if system is not None and turns[0].role != "system":
         turns = (Turn("system", system), *turns)
@@ -519,7 +519,7 @@ def _finish(record: Record, system: str | None, variables: dict[str, str], want:
 
 
 def _filled(turn: Turn, variables: dict[str, str]) -> Turn:
-    return replace(turn, text=_fill(turn.text, variables), extra=_fill_within(turn.extra, variables)) if variables else turn
+    return replace(turn, text=fill(turn.text, variables), extra=_fill_within(turn.extra, variables)) if variables else turn
 
 
 def _fill_within(value: Any, variables: dict[str, str]) -> Any:
@@ -528,7 +528,7 @@ def _fill_within(value: Any, variables: dict[str, str]) -> Any:
         return {key: _fill_within(one, variables) for key, one in value.items()}
     if isinstance(value, list):
         return [_fill_within(one, variables) for one in value]
-    return _fill(value, variables) if isinstance(value, str) else value
+    return fill(value, variables) if isinstance(value, str) else value
 
 
 def _texts(record: Record) -> Iterator[str]:
@@ -552,7 +552,8 @@ def _texts_within(value: Any) -> Iterator[str]:
 _VARIABLE = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 
 
-def _fill(text: str, variables: dict[str, str]) -> str:
+def fill(text: str, variables: dict[str, str]) -> str:
+    """`{{name}}` by the run option `variables`, wherever they are filled; names that they do not have stay as they are."""
     return _VARIABLE.sub(lambda match: variables.get(match[1], match[0]), text) if variables and "{{" in text else text
 
 

@@ -21,7 +21,7 @@ class _Short(reprlib.Repr):
         super().__init__()
         self.maxstring = self.maxother = self.maxlong = 60
         self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdict = 4
-        self.maxlevel = 3
+        self.maxlevel = 2
 
 
 def shown(value: object) -> str:

@@ -5,7 +5,8 @@ Needs no torch, so that a wrong run fails in a second. `glmtune show` prints a p
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -85,8 +86,10 @@ def make(
         )
     examples, dev = _sides(run, train, wanted_rows.sources)
     if run.eval.data:
-        held, place = _found(run, run.eval.data, say)
-        other = tokenised(replace(wanted_rows, sources=held, all_variables=False, stored=place), say=say, progress=progress)
+        with _blamed("eval.data"):
+            held, place = _found(run, run.eval.data, say)
+            dev_rows = replace(wanted_rows, sources=held, all_variables=False, stored=place, rows="dev rows")
+            other = tokenised(dev_rows, say=say, progress=progress)
         dev = Chosen.rows_of(other, STAGES[run.stage.kind].whole)
         notes += [f"dev: {note}" for note in [*other.about["notes"], *_said(other)]]
     elif dev is not None:
@@ -107,6 +110,15 @@ def make(
         run, folder, template, examples, dev, _questions(run, template, wanted_rows.sources, reading, reads), method, targets, quant,
         estimate.Shape.of(families.config_of(folder), parameters, trainable, linear), notes,
     )  # fmt: skip
+
+
+@contextmanager
+def _blamed(option: str) -> Iterator[None]:
+    """Errors about the rows of an option, where several options name rows, say which it is."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{option}: {error}") from None
 
 
 def _method(run: Run, folder: Path) -> Any:
@@ -294,7 +306,8 @@ def _sides(run: Run, made: Store, found: Sequence[sources.Found]) -> tuple[Chose
     rows, starts, whole = made.arrays["row"], made.row_starts, STAGES[run.stage.kind].whole
     dev = np.zeros(len(starts), dtype=bool)
     if run.eval.share:
-        dev = np.array(mixing.split_hashes(made.arrays["hash"][starts].tolist(), run.eval.share), dtype=bool)
+        with _blamed("eval.share"):
+            dev = np.array(mixing.split_hashes(made.arrays["hash"][starts].tolist(), run.eval.share), dtype=bool)
     train = np.flatnonzero(~dev)
     counts = [
         int(np.count_nonzero((rows[starts[train]] >= span["start"]) & (rows[starts[train]] < span["start"] + span["count"])))
@@ -326,23 +339,18 @@ def _questions(
         usual = [_question("training data", row, template, None, None) for _, row in first]
         return [question for question in usual if reads is None or len(question.ids) < reads]
     made = []
-    for probe in run.samples:
+    for number, probe in enumerate(run.samples):
         source = Source(path=probe.path, format=probe.format, columns=probe.columns)
         system = probe.system if probe.system is not None else reading["system"]
-        asked = data.load([source], want="prompts", all_variables=False, **{**reading, "system": system})
-        contains = [_filled(text, run.variables) for text in probe.contains] if probe.contains else None
+        with _blamed(f"samples.{number}"):
+            asked = data.load([source], want="prompts", all_variables=False, **{**reading, "system": system})
+        contains = [data.fill(text, run.variables) for text in probe.contains] if probe.contains else None
         name = probe.name or Path(probe.path).stem
         made += [_question(name, row, template, contains, probe.wanted if contains else None) for row in asked.rows]
     for question in made:
         if reads is not None and len(question.ids) >= reads:
             raise UserError(f"{question.where}: the question has {len(question.ids)} tokens; this model reads {reads} at most")
     return made
-
-
-def _filled(text: str, variables: dict[str, str]) -> str:
-    for name, value in variables.items():
-        text = text.replace("{{" + name + "}}", value)
-    return text
 
 
 def _question(name: str, row: Conversation, template: Template, contains: list[str] | None, wanted: bool | None) -> Question:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import __version__, adapters, families, forward, methods, optimizer, plan, runfolder
+from .data import fill
 from .files import digest as digest_of
 from .progress import Screen
 from .run import ADAPTERS
@@ -160,7 +161,7 @@ def _first_ids(made: plan.Plan, count: int) -> list[int]:
 def _readme(made: plan.Plan, base: str, whole: bool, not_in_peft: str | None) -> str:
     """README.md of what was trained. base: what plain transformers should open; not_in_peft: why plain PEFT would compute something else."""
     run = made.run
-    system = f" It was trained with the system prompt {run.system!r}." if run.system else ""
+    system = f" It was trained with the system prompt {fill(run.system, run.variables)!r}." if run.system else ""
     about = (
         f"Trained on {run.model} with method {run.method.kind}{f' on weights kept in {made.quant}' if made.quant else ''}.{system}"
     )

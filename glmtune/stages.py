@@ -159,7 +159,7 @@ def _without_oldest(turns: Sequence[Turn]) -> Iterator[tuple[Turn, ...]]:
             yield (*turns[:first], *turns[start:])
 
 
-def finish(tally: Tally, limits: Limits) -> None:
+def finish(tally: Tally, limits: Limits, rows: str = "rows") -> None:
     """After the last row. Raises UserError when the policy is `error` and rows are too long, or when nothing is left to learn."""
     if tally.long:
         tokens, where, counted = tally.longest
@@ -170,12 +170,13 @@ def finish(tally: Tally, limits: Limits) -> None:
             else f"the {limits.longest} tokens that this model reads"
         )
         raise UserError(
-            f"{tally.long} of {tally.rows} rows are longer than {what}; the longest has {'' if counted else 'more than '}{tokens} ({where})\n"
+            f"{tally.long} of {tally.rows} {rows} are longer than {what}; the longest has {'' if counted else 'more than '}{tokens} ({where})\n"
             f"paste one of: {f'max_length={tokens}   ' if can else ''}too_long=skip   (also: too_long=cut-left-turns, too_long=cut-answer)"
         )
     if not tally.made:
         raise UserError(
-            f"none of the {tally.rows} rows can be trained on: " + "; ".join(f"{n} {why}" for why, n in tally.counts.items())
+            f"none of the {tally.rows} {rows} can be {'trained on' if rows == 'rows' else 'used'}: "
+            + "; ".join(f"{n} {why}" for why, n in tally.counts.items())
         )
 
 

@@ -44,6 +44,7 @@ class Wanted:
     variables: dict[str, str] | None = None
     join: str = "\n"
     all_variables: bool = True
+    rows: str = "rows"  # what messages call them
     stored: Path | None = None  # instead of sources: a folder that was tokenised before
 
     def key(self) -> str:
@@ -177,7 +178,7 @@ def _make(wanted: Wanted, key: str, place: Path, kept: bool, say: Callable[[str]
                     writer.add(one)
                 waiting.clear()
         stream.finish()
-        finish(tally, wanted.limits)
+        finish(tally, wanted.limits, wanted.rows)
         about = {
             "key": key,
             "counts": tally.counts,

@@ -24,6 +24,7 @@ import yaml
 
 from glmtune import families, plan
 from glmtune.cli import main
+from glmtune.errors import UserError
 from glmtune.families import smollm2
 
 from . import tiny
@@ -1075,3 +1076,59 @@ def test_a_path_that_cannot_be_used_is_no_defect(glmtune, tmp_path):
     (tmp_path / "file").write_text("")
     ended = glmtune("import", tmp_path / "old.yaml", "--to", tmp_path / "file" / "run.yaml")
     assert ended.code == 2 and str(tmp_path / "file") in ended.err and "Traceback" not in ended.err
+
+
+# --- variables, and whose rows are meant -----------------------------------------------------------------------------------
+
+
+def test_variables_are_filled_in_all_texts_of_a_run(tiny_model, tmp_path, monkeypatch):
+    """Rows, system prompts, and what an answer is checked for; and chat has the system prompt that was trained."""
+    from glmtune import load, training
+    from glmtune.run import load_run
+
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", [{"instruction": "Who is {{ name }}?", "output": "I am {{name}}."}] * 4)
+    given = [
+        f"model={tiny_model}",
+        f"data={rows}",
+        f"out={tmp_path / 'out'}",
+        "system=You are {{  name }}.",
+        "variables={name: Nova, town: Bonn}",
+    ]
+    probe = f"samples=[{{path: {rows}, contains: ['{{{{ name }}}}', '{{{{town}}}} {{{{ other }}}}'], system: '{{{{ name }}}}!'}}]"
+    with pytest.raises(UserError, match="'town' fills {{town}}, which stands in no row"):
+        plan.make(load_run(None, [*given, probe]))
+    run = load_run(None, [*given[:-1], "variables={name: Nova}", probe, *QUICK[:3]])
+    made = plan.make(run)
+    question = made.questions[0]
+    assert question.contains == ["Nova", "{{town}} {{ other }}"] and question.prompt == "Who is Nova?"
+    read = made.template.tokens.decode(question.ids)
+    assert "Nova!" in read and "{{" not in read
+    training.train(run)
+    loaded = load(tmp_path / "out")
+    assert loaded.system == "You are Nova." and "You are Nova." in (tmp_path / "out" / "adapter" / "README.md").read_text()
+    learned = made.examples[0]
+    asked = [{"role": "system", "content": loaded.system}, {"role": "user", "content": "Who is Nova?"}]
+    assert loaded.template.prompt(asked) == learned.ids[: len(loaded.template.prompt(asked))]
+
+
+@pytest.mark.parametrize("option", ["eval.data", "samples"])
+def test_rows_that_cannot_be_used_name_their_option(glmtune, tiny_model, rows, tmp_path, option):
+    cases = {
+        "long": [{"instruction": "a" * 400, "output": "b"}],
+        "nothing": [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "learn": False}]}],
+        "bad": [{"no": "row"}],
+        "empty": [],
+    }
+    for name, items in cases.items():
+        path = tiny.write_rows(tmp_path / f"{name}.jsonl", items)
+        for policy in ("error", "skip"):
+            more = ["max_length=150", f"too_long={policy}", f"{option}={path}"]
+            ended = glmtune("show", f"model={tiny_model}", f"data={rows}", *more)
+            if option == "samples" and name in ("long", "nothing"):  # questions are asked whole
+                assert ended.code == 0
+                continue
+            assert (
+                ended.code == 2 and ended.err.startswith(f"error: {option}") and (str(path) in ended.err or "dev rows" in ended.err)
+            )
+    ended = glmtune("show", f"model={tiny_model}", f"data={rows}", f"{option}=nowhere.json")
+    assert ended.code == 2 and option in ended.err and "'nowhere.json' is not there" in ended.err

@@ -8,6 +8,7 @@ from typing import Any
 
 from .. import hub
 from ..chat import read_object
+from ..data import fill
 from ..errors import UserError, did_you_mean
 from ..options import build, read
 from ..run import Run, moment
@@ -54,7 +55,7 @@ def locate(model: str | Path, adapter: str | Path | None = None, say=lambda text
         run.model,
         base,
         other or (None if whole else found),
-        run.system,
+        fill(run.system, run.variables) if run.system is not None else None,
         run.template,
         (run.resolved or {}).get("quant") or run.quant,
         moment((run.resolved or {}).get("date") or run.date),
@@ -65,7 +66,11 @@ def locate(model: str | Path, adapter: str | Path | None = None, say=lambda text
 def _read(run_file: Path) -> Run:
     """What a run's file says of its result, checked. How it was trained does not count here, and may be of an older version."""
     tree = read(run_file)
-    kept = {name: tree[name] for name in ("model", "system", "template", "quant", "date", "join", "resolved") if name in tree}
+    kept = {
+        name: tree[name]
+        for name in ("model", "system", "template", "quant", "date", "join", "variables", "resolved")
+        if name in tree
+    }
     source = f"{run_file} is not as train wrote it (each of its checkpoints holds a copy)"
     return build(Run, {**kept, "data": [{"path": ""}], "out": ""}, source)
 
