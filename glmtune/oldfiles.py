@@ -253,6 +253,8 @@ def _whose(given: Mapping[str, Any], shown: str) -> str:
         raise UserError(f"{shown} looks like {told}, which is not read here; {READ}")
     if "model_name_or_path" in given and {"dataset", "template", "do_train"} & set(given):
         return LLAMA_FACTORY
+    if {"model", "data"} <= set(given):
+        raise UserError(f"{shown} looks like a run file of glmtune, which is not imported: glmtune show {shown}")
     keys = ", ".join(shell.shown(str(name)) for name in list(given)[:8]) or "none"
     raise UserError(f"{shown}: not a run file of a tool that is known here ({', '.join(DEFAULTS)}); its keys are {keys}")
 
