@@ -221,7 +221,7 @@ class Side:
 
 
 def compare(options: argparse.Namespace) -> None:
-    from glmtune.training import learning_rate
+    from glmtune.settings import learning_rate
 
     ours, peer = Side(options, "glmtune"), Side(options, "peer")
     try:

@@ -97,15 +97,17 @@ def check(
     too_long: str = "error",
     columns: dict[str, str] | None = None,
     format: str | None = None,
+    registry: str | Path | None = None,
 ) -> dict[str, Any]:
     """{"rows": n, "problems": [{"file", "line", "kind", "level", "message"}], "notes": [...], "lengths": {...}} over all files.
 
+    paths: files, folders, patterns, or names of data sets (registry: the file that names them, as in sources.find).
     dev: files to watch the training with; they are checked too, and their rows that stand in `paths` as well are told.
     encode: conversation or document -> number of tokens; rows longer than `max_length` are then errors, or, where the run's
     `too_long` is another than "error", warnings. Never stops at a problem; raises UserError only for a path that is not there and
     for `columns` or `format` that no file could have.
     """
-    train, watched = (_survey_all(given, columns, format) for given in (paths, dev))
+    train, watched = (_survey_all(given, columns, format, registry) for given in (paths, dev))
     files = train + watched
     lengths = _Lengths(encode, max_length, too_long)
     near, rows = quality.NearDuplicates(), 0
@@ -141,21 +143,29 @@ def _plain(problem: Problem) -> dict[str, Any]:
 # --- one file -------------------------------------------------------------------------------------------------------------
 
 
-def examine(paths: Sequence[str | Path], columns: dict[str, str] | None = None, format: str | None = None) -> list[Checked]:
+def examine(
+    paths: Sequence[str | Path],
+    columns: dict[str, str] | None = None,
+    format: str | None = None,
+    registry: str | Path | None = None,
+) -> list[Checked]:
     """Every file behind the paths with its rows and what each alone has wrong, for those who hold them."""
-    files = _survey_all(paths, columns, format)
+    files = _survey_all(paths, columns, format, registry)
     for file in files:
         file.rows = list(rows_of(file))
     return files
 
 
-def _survey_all(paths: Sequence[str | Path], columns: dict[str, str] | None, format: str | None) -> list[Checked]:
+def _survey_all(
+    paths: Sequence[str | Path], columns: dict[str, str] | None, format: str | None, registry: str | Path | None
+) -> list[Checked]:
     """Every file behind the paths with how it is to be read, and how far (`max_samples` of its source)."""
     files = []
     for given in map(str, paths):
         if given.endswith((".yaml", ".yml")):  # as plain text all of its lines would be good
             raise UserError(f"{given} is a run file or a registry, no data; name the files, or the data sets, under its `data:`")
-    for source in find([build(Source, {"path": str(given), "columns": columns, "format": format}, "FILES") for given in paths]):
+    given = [build(Source, {"path": str(path), "columns": columns, "format": format}, "FILES") for path in paths]
+    for source in find(given, registry):
         most = left = source.max_samples
         more = left_out(source.path)
         for path, name in source.files:
@@ -251,9 +261,9 @@ def _add(kinds: dict[Any, _Kind], row: dict[str, Any], columns: dict[str, str] |
     answer = row.get((columns or {}).get("response", ""))
     key = shape(row), type(answer), is_ranking(answer), _label_of(row), *_last_speakers(row)
     if read:
-        key = (*key, uses := frozenset(want for want in _USES if _is_readable(row, want)))
+        key = (*key, uses := frozenset[Want](want for want in _USES if _is_readable(row, want)))
     elif key not in kinds:
-        uses = frozenset(want for want in _USES if recognise(row, want))
+        uses: frozenset[Want] = frozenset(want for want in _USES if recognise(row, want))
     else:
         uses = frozenset[Want]()
     kinds.setdefault(key, _Kind(row, uses)).count += 1
@@ -671,7 +681,14 @@ class _Sorted:
             raise UserError(f"{self.file.name} was changed while it was read; nothing was written")
 
 
-def fix(paths: Sequence[str | Path], out: str | Path, *, columns: dict[str, str] | None = None, format: str | None = None) -> str:
+def fix(
+    paths: Sequence[str | Path],
+    out: str | Path,
+    *,
+    columns: dict[str, str] | None = None,
+    format: str | None = None,
+    registry: str | Path | None = None,
+) -> str:
     """Writes the clean rows to `out`, in the layout of the input where they read back so, and the others to `out`.removed.jsonl; returns what to print.
 
     Rows with errors and exact duplicates are removed; rows in = rows out + rows removed. Raises UserError where a file cannot
@@ -684,7 +701,7 @@ def fix(paths: Sequence[str | Path], out: str | Path, *, columns: dict[str, str]
             raise UserError(f"{target} exists already and is never overwritten; choose another name, or remove it")
     if not out.absolute().parent.is_dir():
         raise UserError(f"cannot write {out}: there is no folder {out.absolute().parent}")
-    files = [file for file in _survey_all(paths, columns, format) if file.limit != 0]
+    files = [file for file in _survey_all(paths, columns, format, registry) if file.limit != 0]
     for file in files:
         for problem in file.problems:
             if problem.level == "error":

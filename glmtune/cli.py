@@ -56,6 +56,9 @@ Penalty = Annotated[
 ]
 Columns = Annotated[str | None, typer.Option(help="Which key holds what: prompt=question,response=answer", show_default=False)]
 Format = Annotated[str | None, typer.Option(help="The rows' form, if their keys do not show it.", show_default=False)]
+Registry = Annotated[
+    str | None, typer.Option(help="A data.yaml or dataset_info.json; not given: data.yaml here, if any.", show_default=False)
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
 
 
@@ -513,6 +516,7 @@ def data_check(
     ] = None,
     columns: Columns = None,
     format: Format = None,
+    registry: Registry = None,
     fix: Annotated[
         Path | None,
         typer.Option(help="Write the clean rows here, and what was removed to FIX.removed.jsonl.", show_default=False),
@@ -529,7 +533,7 @@ def data_check(
 
     examples = _encoder(model) if model is not None else None
     encode = None if examples is None else lambda record: max(len(example.ids) for example in examples(record))
-    read: dict[str, Any] = {"columns": _columns(columns), "format": format}
+    read: dict[str, Any] = {"columns": _columns(columns), "format": format, "registry": registry}
     found = check.check(files, dev=dev or (), encode=encode, max_length=max_length or 1024, too_long=too_long or "error", **read)
     errors = sum(problem["level"] == "error" for problem in found["problems"])
     if json_:
@@ -596,13 +600,14 @@ def data_stats(
     ] = None,
     columns: Columns = None,
     format: Format = None,
+    registry: Registry = None,
     json_: Json = False,
 ) -> None:
     """Rows, forms, turns, lengths, languages and, with --model, the share of tokens that is learned."""
     from . import convert
 
     encode = _encoder(model) if model is not None else None
-    found = convert.stats(files, encode=encode, columns=_columns(columns), format=format)
+    found = convert.stats(files, encode=encode, columns=_columns(columns), format=format, registry=registry)
     if json_:
         print(json.dumps(found, ensure_ascii=False))
         return
@@ -624,11 +629,12 @@ def data_convert(
     out: Annotated[Path, typer.Option(help="JSONL file to write.", show_default=False)],
     columns: Columns = None,
     format: Format = None,
+    registry: Registry = None,
 ) -> None:
     """Write rows in another form. Every row is read back; what the form cannot hold is an error, and nothing is written."""
     from . import convert
 
-    print(convert.convert(files, to, out, columns=_columns(columns), format=format))
+    print(convert.convert(files, to, out, columns=_columns(columns), format=format, registry=registry))
 
 
 @data_app.command(
@@ -782,9 +788,7 @@ def _print_designs(scores: dict[str, Any]) -> None:
 
 @data_app.command("list", epilog="Example:  glmtune data list    then    glmtune train model=... data=alpaca_zh out=...")
 def data_list(
-    registry: Annotated[
-        str | None, typer.Option(help="A data.yaml or dataset_info.json; not given: data.yaml here, if any.", show_default=False)
-    ] = None,
+    registry: Registry = None,
     json_: Json = False,
 ) -> None:
     """Data sets that `data=` knows by name: your own registry's, and public ones."""

@@ -23,13 +23,14 @@ def stats(
     encode: Callable[[Conversation | Document], list[Example]] | None = None,
     columns: dict[str, str] | None = None,
     format: str | None = None,
+    registry: str | Path | None = None,
 ) -> dict[str, Any]:
     """What stands in the files, counted. `encode`: a record -> its sequences; lengths are then in tokens, else in characters.
 
     {"rows", "unusable", "sources": {file: rows}, "forms", "turns", "languages": {name: rows}, "lengths": {...}, "learned": {...},
     "notes": [...]}
     """
-    files = examine(paths, columns, format)
+    files = examine(paths, columns, format, registry)
     unread = next((problem for file in files if not file.rows for problem in file.problems), None)
     if unread is not None:
         raise UserError(f"{unread.place}: {unread.message}")
@@ -69,7 +70,13 @@ def _turns(record: Record) -> int:
 
 
 def convert(
-    paths: Sequence[str | Path], to: str, out: str | Path, *, columns: dict[str, str] | None = None, format: str | None = None
+    paths: Sequence[str | Path],
+    to: str,
+    out: str | Path,
+    *,
+    columns: dict[str, str] | None = None,
+    format: str | None = None,
+    registry: str | Path | None = None,
 ) -> str:
     """Writes every row of the files to `out`, as JSON Lines in the form `to` (messages, alpaca, sharegpt); returns what to print.
 
@@ -83,7 +90,7 @@ def convert(
         raise UserError(f"{out} exists already and is never overwritten; choose another name, or remove it")
     if not out.absolute().parent.is_dir():
         raise UserError(f"cannot write {out}: there is no folder {out.absolute().parent}")
-    lines, files = [], examine(paths, columns, format)
+    lines, files = [], examine(paths, columns, format, registry)
     for file in files:
         for problem in [*file.problems, *(problem for row in file.rows for problem in row.problems)]:
             if problem.level == "error":

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from . import reading as files
 from . import tools
@@ -168,7 +168,7 @@ def shape(row: dict[str, Any]) -> tuple[Any, ...]:
     )
 
 
-def is_ranking(value: Any) -> bool:
+def is_ranking(value: Any) -> TypeGuard[list[Any]]:
     """Whether an answer is a list of answers, the best first, and not a list of messages. Their number does not count here: a row with
     one answer is a preference row that lacks the other."""
     return isinstance(value, list) and not any(isinstance(one, dict) for one in value)
@@ -735,7 +735,7 @@ def _text(row: dict[str, Any], key: str, where: str = "") -> str:
     return value
 
 
-def is_parts(value: Any) -> bool:
+def is_parts(value: Any) -> TypeGuard[list[dict[str, Any]]]:
     """Whether a content is a list of parts, as OpenAI and LLaMA-Factory's v1 write it."""
     return isinstance(value, list) and bool(value) and all(isinstance(part, dict) and "type" in part for part in value)
 

@@ -58,6 +58,9 @@ V1_GROUPS = (
     "init_config",
     "mtp_config",
 )
+LAUNCHERS, COMMANDS_THAT_TRAIN = ("llamafactory-cli", "lmf"), ("train", "sft", "dpo", "rm")
+LAUNCHED = {"chat": "glmtune chat", "api": "glmtune chat", "webchat": "glmtune chat", "export": "glmtune export", "merge": "glmtune export",
+            "eval": "glmtune predict"}  # fmt: skip
 _REASONS = {name: (kind, why) for kind, table in (("not needed", NOT_NEEDED), ("no counterpart", NO_COUNTERPART))
             for names, why in table.items() for name in names.split()}  # fmt: skip
 _SECRET = re.compile(r"(?<!new_)(token|key)s?$|secret|webhook|passw|pwd|credential|auth", re.IGNORECASE)
@@ -253,6 +256,8 @@ def _whose(given: Mapping[str, Any], shown: str) -> str:
         raise UserError(f"{shown} looks like {told}, which is not read here; {READ}")
     if "model_name_or_path" in given and {"dataset", "template", "do_train"} & set(given):
         return LLAMA_FACTORY
+    if {"model", "data"} <= set(given):
+        raise UserError(f"{shown} looks like a run file of glmtune, which is not imported: glmtune show {shown}")
     keys = ", ".join(shell.shown(str(name)) for name in list(given)[:8]) or "none"
     raise UserError(f"{shown}: not a run file of a tool that is known here ({', '.join(DEFAULTS)}); its keys are {keys}")
 
@@ -294,7 +299,8 @@ def tree_of(path: Path, text: str | None = None) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # of YAML: a date that is none
         raise UserError(f"{path}: not valid {form}: {'nested too deep' if isinstance(error, RecursionError) else error}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: arguments are one JSON object; this is a {type(tree).__name__}")
+        hint = f" (of rows? glmtune data check {path})" if isinstance(tree, list) else ""
+        raise UserError(f"{path}: arguments are one JSON object; this is a {type(tree).__name__}{hint}")
     return tree
 
 
@@ -372,7 +378,7 @@ def _v1(tree: dict[str, Any], folder: Path, cards: int | None, shown: str, comma
         raise _exports(
             shown, given.get("model", "MODEL"), given.get("peft_config.adapter_name_or_path"), given["peft_config.export_dir"]
         )
-    if "train_dataset" not in given and command not in ("train", "sft", "dpo", "rm"):
+    if "train_dataset" not in given and command not in COMMANDS_THAT_TRAIN:
         raise UserError(f"{shown} names no data (train_dataset) and trains nothing; here that is: glmtune chat MODEL")
     if given.get("quant_config.name") == "bnb" and given.get("quant_config.quantization_bit") is None:
         given["quant_config.quantization_bit"] = 4  # the default of its bnb
@@ -450,84 +456,103 @@ class _Training:
     def words(self) -> list[str]:
         return self.command.words[self.at + 1 :]
 
+    @property
+    def only_predicts(self) -> bool:
+        return "--do_train" not in self.words and ("--do_predict" in self.words or "--do_eval" in self.words)
+
+
+@dataclass
+class _Script:
+    """The commands of a script, by what they do."""
+
+    trainings: list[_Training] = field(default_factory=list)
+    uses: dict[str, str] = field(default_factory=dict)  # what else it runs -> who does that here
+    others: dict[str, str] = field(default_factory=dict)  # tools that are not read -> a command of theirs
+    documents: dict[str, str] = field(default_factory=dict)  # files that it writes itself
+    rows: list[dict[str, Any]] = field(default_factory=list)  # arguments of each tokenize_dataset_rows.py
+    loose: dict[str, Any] = field(default_factory=dict)  # arguments that the shell gave to no command
+    remarks: list[str] = field(default_factory=list)
+
+    def add(self, command: shell.Command, is_first: bool) -> None:
+        names = [Path(word).name for word in command.words]
+        at = next((i for i, name in enumerate(names) if name in TRAINING), -1)
+        if names[0] in ("cat", "tee") and command.stdin is not None:
+            self.documents[Path(command.writes or "".join(command.words[1:2])).name] = command.stdin
+        elif names[0].startswith("-"):
+            self._bare(command, is_first)
+        elif tool := _foreign(names):
+            self.others.setdefault(tool, command.words[0])
+        elif at >= 0 and (names[at] not in LAUNCHERS or names[at + 1 : at + 2] in ([one] for one in COMMANDS_THAT_TRAIN)):
+            self.trainings.append(_Training(command, at, names[at]))
+        elif at >= 0:
+            kind = "".join(names[at + 1 : at + 2])
+            self.remarks.append(f"not imported: `{names[at]} {kind}` trains nothing")
+            self.uses[f"{names[at]} {kind}"] = LAUNCHED.get(kind, "nothing yet")
+        elif other := next((name for name in names if name in USES), None):
+            self.uses[other] = USES[other]
+            if other == "tokenize_dataset_rows.py":
+                self.rows.append(_arguments(command.words[names.index(other) + 1 :], []))
+            else:
+                self.remarks.append(f"not imported: {other}: here that is `{USES[other]}`")
+        elif likely := _likely(_arguments(command.words[1:], []), 2):
+            self.others.setdefault(" or ".join(likely), next((name for name in names if name.endswith(".py")), names[0]))
+
+    def _bare(self, command: shell.Command, is_first: bool) -> None:
+        """Arguments without a program: a file of nothing else, or the rest of a command that a line before them ended."""
+        if is_first:
+            self.trainings.append(_Training(command, -1, ""))
+            return
+        found = _arguments(command.words, self.remarks)
+        self.loose |= found
+        told = ", ".join(f"--{name}" if _SECRET.search(name) else f"--{name} ({short(value)})" for name, value in found.items())
+        self.remarks.append(
+            f"not imported: line {command.line}: {told or short(' '.join(command.words))}: the line before does not go on (no backslash "
+            "at its end, or a comment), so the shell took it for another command"
+        )
+
 
 def _read_shell(path: Path) -> Old:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        commands, slips = shell.commands(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text: {error}") from None
-    try:
-        commands, remarks = shell.commands(text)
     except shell.ShellError as error:
         raise UserError(f"{path}: cannot be read as a command line: {error}") from None
-    runs: list[_Training] = []
-    beside = [f"changed: {remark}" for remark in remarks]
-    uses: dict[str, str] = {}  # what else it runs -> who does that here
-    others: dict[str, str] = {}  # commands of tools that are not read
-    documents: dict[str, str] = {}
-    rows: list[dict[str, Any]] = []  # arguments of tokenize_dataset_rows.py
+    script = _Script(remarks=[f"changed: {slip}" for slip in slips])
     for command in commands:
-        names = [Path(word).name for word in command.words]
-        at = next((i for i, name in enumerate(names) if name in TRAINING), None)
-        if names[0] in ("cat", "tee") and command.stdin is not None:
-            file = command.writes or (command.words[1] if len(names) > 1 else "")
-            documents[Path(file).name] = command.stdin
-        elif names[0].startswith("-"):
-            if commands[0] is command:
-                runs.append(_Training(command, -1, ""))
-            else:
-                left = " ".join(shell.shown(word) for word in command.words)
-                beside.append(
-                    f"not imported: line {command.line}: `{left}`: the line before does not go on (a backslash at its end), so the shell took it for another command"
-                )
-        elif tool := _foreign(names):
-            others.setdefault(tool, command.words[0])
-        elif (
-            at is not None
-            and names[at] in ("llamafactory-cli", "lmf")
-            and names[at + 1 : at + 2] not in ([one] for one in ("train", "sft", "dpo", "rm"))
-        ):
-            kind = names[at + 1] if len(names) > at + 1 else ""
-            ours = {
-                "chat": "glmtune chat",
-                "api": "glmtune chat",
-                "webchat": "glmtune chat",
-                "export": "glmtune export",
-                "merge": "glmtune export",
-                "eval": "glmtune predict",
-            }
-            beside.append(f"not imported: `{names[at]} {kind}` trains nothing")
-            uses[f"{names[at]} {kind}"] = ours.get(kind, "not there")
-        elif at is not None:
-            runs.append(_Training(command, at, names[at]))
-        elif other := next((name for name in names if name in USES), None):
-            uses[other] = USES[other]
-            if other == "tokenize_dataset_rows.py":
-                rows.append(_arguments(command.words[names.index(other) + 1 :], []))
-            else:
-                beside.append(f"not imported: {other}: here that is `{USES[other]}`")
-        elif likely := _likely(_arguments(command.words[1:], []), 2):
-            others.setdefault(" or ".join(likely), next((name for name in names if name.endswith(".py")), names[0]))
-    beside += [f"not imported: {words}: a command of {tool}, which is not read" for tool, words in others.items()]
-    trained = [run for run in runs if not _only_predicts(run.words)] or runs
+        script.add(command, command is commands[0])
+    told = script.remarks
+    told += [f"not imported: {words}: a command of {tool}, which is not read" for tool, words in script.others.items()]
+    trained = [run for run in script.trainings if not run.only_predicts] or script.trainings
     if not trained:
-        raise UserError(f"{path}{_why_not(uses, others)}")
-    beside += ["not imported: a command that predicts: here that is `glmtune predict`"] * (len(runs) - len(trained))
+        raise UserError(f"{path}{_why_not(script.uses, script.others)}")
+    told += ["not imported: a command that predicts: here that is `glmtune predict`"] * (len(script.trainings) - len(trained))
     if len(trained) > 1:
-        beside.append(
+        told.append(
             f"not imported: {len(trained) - 1} more trainings in this file; the first was taken, put each of the others into a file of its own"
         )
-    old = _of_command(path, trained[0], rows, documents, beside)
-    old.beside += beside
-    for name, value in old.given.items():
-        if name not in _REASONS and (unset := _unfilled(value)):
-            said = [shell.shown(str(one)) for one in value] if isinstance(value, list) else shell.shown(str(value))
-            raise UserError(f"{path}: {old.called[name]} is {said}, and {unset} is set nowhere in this file; write its value there")
-    if trained[0].command.env.get("USE_MODELSCOPE_HUB", "").lower() in ("1", "true") and isinstance(
-        old.given.get("model_name_or_path"), str
-    ):
+    old = _of_command(path, trained[0], script)
+    old.beside += told
+    _check_filled(path, old, script.loose)
+    hub = trained[0].command.env.get("USE_MODELSCOPE_HUB", "").lower() in ("1", "true")
+    if hub and isinstance(old.given.get("model_name_or_path"), str):
         old.given["model_name_or_path"] = f"modelscope:{old.given['model_name_or_path']}"
     return old
+
+
+def _check_filled(path: Path, old: Old, loose: dict[str, Any]) -> None:
+    """Values that only a running shell knows are needed, and a model or data that the shell dropped is meant."""
+    for name, value in old.given.items():
+        if not old.reason(name) and (unset := _unfilled(value)):
+            said = [shell.shown(str(one)) for one in value] if isinstance(value, list) else shell.shown(str(value))
+            raise UserError(f"{path}: {old.called[name]} is {said}, and {unset} is set nowhere in this file; write its value there")
+    for called in loose:
+        name = ALIASES[old.tool].get(called, called)
+        if name in ("model_name_or_path", "dataset", "data_path", "tokenized_dataset") and name not in old.given:
+            raise UserError(
+                f"{path}: --{called} stands on a line of its own, which the shell takes for another command, and nothing else says it; "
+                "end the line before with a backslash"
+            )
 
 
 def _unfilled(value: Any) -> str | None:
@@ -556,10 +581,6 @@ def _why_not(uses: dict[str, str], others: dict[str, str]) -> str:
     return f": holds no command that starts a training of {', '.join(DEFAULTS)}"
 
 
-def _only_predicts(words: Sequence[str]) -> bool:
-    return "--do_train" not in words and ("--do_predict" in words or "--do_eval" in words)
-
-
 def _arguments(words: Sequence[str], told: list[str]) -> dict[str, Any]:
     """`--name value`, `--name=value`, `--flag`, `--name a b` -> {name: value}, texts as they stand. What is no argument is told."""
     found: dict[str, Any] = {}
@@ -582,11 +603,12 @@ def _arguments(words: Sequence[str], told: list[str]) -> dict[str, Any]:
     return found
 
 
-def _of_command(path: Path, run: _Training, rows: list[dict[str, Any]], documents: dict[str, str], told: list[str]) -> Old:
-    program, rest, env = run.program, run.words, run.command.env
+def _of_command(path: Path, run: _Training, script: _Script) -> Old:
+    program, rest, env, told = run.program, run.words, run.command.env, script.remarks
+    rows, documents = script.rows, script.documents
     cards = _cards(env, run.command.words[: max(run.at, 0)])
     command, tool = "", _FACTS["own_programs"].get(program, "")
-    if program in ("llamafactory-cli", "lmf"):
+    if program in LAUNCHERS:
         command, rest = rest[0], rest[1:]
     file = next((word for word in rest[:1] if Path(word).suffix in (".yaml", ".yml", ".json")), None)
     pairs: dict[str, Any] = {}

@@ -724,9 +724,15 @@ def _lines(tree: dict[str, Any], comments: dict[str, str], path: str = "") -> li
     return lines
 
 
+class _Dumper(yaml.SafeDumper):
+    """A text with newlines is one line in double quotes."""
+
+
+_Dumper.add_representer(
+    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
+)
+
+
 def _flow(value: Any) -> str:
-    return (
-        yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6)
-        .removesuffix("...\n")
-        .strip()
-    )
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6)
+    return text.removesuffix("...\n").strip()

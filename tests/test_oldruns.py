@@ -739,6 +739,19 @@ def test_no_default_stands_for_what_the_file_says_under_another_name(old):
     assert "old.sh" in said
 
 
+def test_a_model_on_a_line_that_the_shell_drops_is_asked_for():
+    said = refused("python finetune.py --dataset_path data/a --output_dir o\n    --chatglm_path m\n", "old.sh")
+    assert "--chatglm_path stands on a line of its own" in said
+    _, text = convert(RUN + "\n --hf_hub_token s3cret\n")
+    assert "--hf_hub_token" in text and "s3cret" not in text
+
+
+def test_texts_of_several_lines_come_back():
+    system = "a\n\n b: {c}\n# d"
+    assert lf(default_system=system)[0].system == system
+    assert lf(default_system=system, template="fewshot")[0].system == system
+
+
 def test_keys_that_stand_twice_are_refused():
     assert "'stage' stands twice" in refused('{"stage": "sft", "model_name_or_path": "m", "stage": "pt"}', "old.json")
 
@@ -766,7 +779,7 @@ def test_scripts_as_they_are_written():
     assert run.optim.lr == 1e-4
     run, text = convert(RUN + "\\\n --learning_rate 1e-4 \\\n # --num_train_epochs 9 \\\n --lora_rank 2\n")
     assert (run.optim.lr, run.optim.epochs, run.method.rank) == (1e-4, 3, 8)
-    assert "not imported: line 4: `--lora_rank 2`" in text
+    assert "not imported: line 4: --lora_rank (2): the line before does not go on" in text
     run, text = convert(RUN + "\\   \n --learning_rate 1e-4")
     assert run.optim.lr == 1e-4 and "blanks behind the backslash" in text
     run, _ = convert(f"cd x && {RUN} --learning_rate 1e-4 > log.txt 2>&1 &")
