@@ -24,6 +24,10 @@ _WANTED: dict[str, tuple[type, Callable[[Any], bool], str]] = {
 }
 
 
+class NotFinite(UserError):
+    """The model computes NaN or infinity: whatever it is asked, it has no answer."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn. temperature 0 is greedy, top_k 0 all tokens. `seed` None: a new draw every time.
@@ -190,7 +194,7 @@ def _steps(
             logits = out.logits[:, -1]
             finite = logits.isfinite().all(-1).tolist()
             if not all(fine for fine, live in zip(finite, alive) if live):
-                raise UserError(
+                raise NotFinite(
                     "the model's numbers are not finite (fp16? damaged?), so it has no answer; choose another precision, or copy its files again"
                 )
             if sampling.repetition_penalty != 1:

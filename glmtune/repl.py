@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError, did_you_mean
+from .generate import NotFinite
 from .loaded import Loaded
 from .screen import console, is_interactive
 from .terminal import quiet, read_line
@@ -114,6 +115,8 @@ def run(chat: Chat) -> None:
             elif line:
                 chat.reply(line)
         except UserError as error:
+            if isinstance(error, NotFinite) and not is_interactive():
+                raise  # at a terminal, what was said so far can still be saved
             console.print(str(error), style="red", markup=False)
 
 

@@ -1,5 +1,6 @@
 """The decoding path's laws: the cache and the padding change nothing, stop marks end an answer, a seed repeats it."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -449,6 +450,14 @@ def test_numbers_that_are_not_finite_are_told(tiny_model, tmp_path, capsys, valu
         told = capsys.readouterr().err
         assert ended.value.code == 2 and "the model's numbers are not finite (fp16? damaged?)" in told and "Traceback" not in told
     assert not (tmp_path / "o.jsonl").exists()
+
+
+def test_a_pipe_to_a_model_whose_numbers_are_not_finite_ends(tiny_model, tmp_path, capsys, monkeypatch):
+    folder = broken(tmp_path / "m", tiny_model, float("nan"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hi\nhello\n"), encoding="utf-8"))
+    with pytest.raises(SystemExit) as ended:
+        main(["chat", str(folder)])
+    assert ended.value.code == 2 and capsys.readouterr().err.count("not finite") == 1
 
 
 def test_samples_of_a_training_tell_numbers_that_are_not_finite(tiny_model, tmp_path, capsys):
