@@ -759,7 +759,7 @@ def test_an_adapter_that_is_left_unmerged_is_looked_at(models, tmp_path, how):
         want, got = logits(opened(onto, given)), logits(opened(made, made / "adapter"))
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
         return
-    with pytest.raises(UserError, match={"truncated": "cut short", "published": "glmtune import"}.get(how, "another model")):
+    with pytest.raises(UserError, match={"truncated": "cut short", "published": "glmtune import"}.get(how, "two models")):
         export(onto, tmp_path / "out", adapter=given, unmerged=True)
     assert not (tmp_path / "out").exists()
 

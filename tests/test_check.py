@@ -537,7 +537,7 @@ def test_only_the_rows_that_a_source_gives_are_looked_at() -> None:
 
 def test_no_row_is_kept() -> None:
     Path("a.jsonl").write_text("\n".join(map(json.dumps, rows(2400))))
-    (file,) = check._survey_all(["a.jsonl"], None, None)
+    (file,) = check._survey_all(["a.jsonl"], None, None, None)
     kept = [ref(row) for row in check.rows_of(file)]
     gc.collect()
     assert len(kept) == 2400 and not any(one() for one in kept)

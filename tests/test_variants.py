@@ -414,11 +414,11 @@ def test_no_room_while_saving_keeps_the_last_good_checkpoint(
 ) -> None:
     written = methods.write_tensors
 
-    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    def full(tensors: dict[str, torch.Tensor], path: Path, *base: str) -> None:
         if ".part-4" in str(path):
             path.write_bytes(b"half of it")
             raise OSError(28, "No space left on device")
-        written(tensors, path)
+        written(tensors, path, *base)
 
     run = started(tiny_model, rows_file, tmp_path / "out", SAVED[kind])
     with monkeypatch.context() as patch:
