@@ -35,7 +35,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "COLUMN
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 CPU_SECONDS, WALL_SECONDS = 60, 600  # a command on a tiny model takes one or two; a busy machine has more of the second
-MEMORY = 2 << 30  # bytes a command may take on top of what this process has
+MEMORY = 1 << 30  # bytes a command may take on top of what this process has
 MESSAGE = 3, 3000  # lines and characters of what is said on exit 2
 QUESTION = "Where is the cat? 1"
 
@@ -215,7 +215,9 @@ def bend_file(chance: Chance, path: Path, tree: Path) -> str:
         made, what = bend_bytes(chance, data)
         _write(path, made)
         return f"{path_name}: {what}"
-    others = [other for other in tree.rglob("*") if other.is_file() and other != path] or [path]
+    others = [other for other in sorted(tree.rglob("*")) if other.is_file()]
+    other = chance.choice(others)
+    bytes_of_other = other.read_bytes()
     what = chance.choice(
         ["gone", "a folder", "a link to itself", "a link to nothing", "a link to another", "another's bytes", "grown", "renamed"]
     )
@@ -227,9 +229,9 @@ def bend_file(chance: Chance, path: Path, tree: Path) -> str:
     elif what == "a link to nothing":
         path.symlink_to("nothing")
     elif what == "a link to another":
-        path.symlink_to(os.path.relpath(chance.choice(others), path.parent))
+        path.symlink_to(os.path.relpath(other, path.parent))
     elif what == "another's bytes":
-        _write(path, chance.choice(others).read_bytes())
+        _write(path, bytes_of_other)
     elif what == "grown":
         _write(path, data)
         os.truncate(path, len(data) + chance.choice([1, 4096, 64 << 20]))
@@ -499,7 +501,7 @@ def data(case: Case) -> None:
             case.check(again.code == 0, f"what --fix wrote has errors: {again.out[:300]}")
     elif there:
         case.check(not list(case.folder.glob("clean*")), "--fix was refused and left a file")
-    which = ["stage=pretrain"] if path.suffix == ".txt" else []
+    which = ["stage=pretrain"] if "form text" in case.steps[0] else []
     shown = case.glmtune("show", f"model={case.valid.model()}", f"data={path.name}", "max_length=100000", *which, "--json")
     if found.code == 0 and chance.random() < 0.9 and "chosen" not in path.read_text("utf-8", "replace"):
         case.check(shown.code == 0, f"data check finds no error, show refuses it: {shown.err[:600]}")
@@ -726,6 +728,8 @@ def pipes(case: Case) -> None:
     given = text + f"\n/clear\n{QUESTION}\n/save last.jsonl\n".encode()
     ended = case.glmtune("chat", case.valid.model(name), "--temperature", "0", "--max-new-tokens", "4", stdin=given)
     case.check(ended.code == 0, f"exit {ended.code}: {ended.err[:300]}")
+    if name == "chatglm2-6b":  # its format has no system turn, so that nothing behind /system is answered
+        return
     talk = case.folder / "last.jsonl"
     case.check(talk.is_file(), "the last /save wrote nothing")
     last = [json.loads(line)["messages"] for line in talk.read_text(encoding="utf-8").split("\n") if line][-1]
