@@ -43,6 +43,9 @@ class Shape:
     @classmethod
     def of(cls, config: dict, parameters: int, trainable: int, linear: int | None = None) -> "Shape":
         config = {**config, **config.get("text_config", {})}
+        for name in ("intermediate_size", "num_attention_heads", "num_key_value_heads"):  # one for each layer, in some families
+            if isinstance(config.get(name), list):
+                config[name] = max(config[name])
         hidden = config.get("hidden_size") or config.get("n_embd") or 1
         layers = config.get("num_hidden_layers") or config.get("n_layer") or 1
         heads = config.get("num_attention_heads") or config.get("n_head") or 1

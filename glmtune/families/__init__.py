@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..autoload import OURS, register
-from ..chat import Form, Template, Tokens, choose
+from ..chat import Form, Template, Tokens, choose, published_vocabulary, read_object, readable
 from ..errors import UserError, did_you_mean
 from ..options import write_whole
 from . import baichuan, chatglm, internlm, llama, smollm2, weights
@@ -79,7 +79,26 @@ def family_of(folder: Path) -> Family:
         made = READERS.get(config.get("model_type", ""), lambda folder, config: None)(folder, given)
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{folder / 'config.json'} cannot be understood ({error!r}); copy the file again") from None
-    return made or Family(NAMES.get(config.get("model_type", "")) or _class_name(folder, config), config, same_names, native=True)
+    made = made or Family(NAMES.get(config.get("model_type", "")) or _class_name(folder, config), config, same_names, native=True)
+    _check_sizes(folder, made.config, made.config.get("model_type") in FILLED)
+    return made
+
+
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "max_position_embeddings", "n_embd", "n_layer", "n_head", "n_inner",
+)  # fmt: skip
+
+
+def _check_sizes(folder: Path, config: dict[str, Any], known: bool) -> None:
+    """Sizes that are computed with before any class has seen them. known: of a class that takes no lists (one number for each layer)."""
+    text = config.get("text_config", {})
+    if not isinstance(text, dict):
+        raise UserError(f"{folder / 'config.json'}: text_config is {str(text)[:80]}; wanted an object")
+    for name, value in ((name, part[name]) for part in (config, text) for name in SIZES if part.get(name) is not None):
+        numbers = value if isinstance(value, list) and value and not known else [value]
+        if not all(type(number) is int and number >= (1 if known else 0) for number in numbers):
+            raise UserError(f"{folder / 'config.json'}: {name} is {str(value)[:80]}; wanted a whole number above 0")
 
 
 def opened(folder: Path) -> tuple[Family, dict[str, weights.Stored]]:
@@ -103,12 +122,12 @@ def _class_name(folder: Path, config: dict[str, Any]) -> str:
 
 
 def published_config(folder: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'}: {error}; copy the model folder again") from None
-    if not isinstance(found, dict) or not isinstance(found.get("model_type", ""), str):
-        raise UserError(f"{folder / 'config.json'} is not a model's config; wanted an object with model_type")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path} is missing; copy the model folder again")
+    found = read_object(path)
+    if not isinstance(found.get("model_type", ""), str):
+        raise UserError(f"{path} is not a model's config; wanted an object with model_type")
     return found
 
 
@@ -280,6 +299,8 @@ def published_quant(folder: Path) -> str | None:
     """How a folder keeps its weights, as a value of the run option `quant`: ChatGLM's own, or as transformers saves them with
     bitsandbytes; None: in 16 or 32 bits. Raises UserError for other quantisations."""
     made = published_config(folder).get("quantization_config") or {}
+    if not isinstance(made, dict):
+        raise UserError(f"{folder / 'config.json'}: quantization_config is {str(made)[:80]}; copy the file again")
     if not made:
         bits = _bits(folder)
         return f"chatglm-int{bits}" if bits else None
@@ -345,7 +366,8 @@ def _vocabulary(folder: Path, build: Callable[[Path], Vocabulary]) -> Vocabulary
         return Vocabulary(found["json"], found["config"])
     except (OSError, ValueError, KeyError):  # not there, or damaged
         pass
-    made = build(folder)
+    with readable(published_vocabulary(folder)):
+        made = build(folder)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_whole(kept, json.dumps({"json": made.json, "config": made.config}, ensure_ascii=False))
@@ -374,7 +396,7 @@ def check_rows(folder: Path, tokens: Tokens, rows: int) -> None:
     if tokens.vocab_size > rows:
         raise UserError(
             f"{folder}: the tokenizer has {tokens.vocab_size} tokens, the model {rows} rows; tokens were added without resizing the "
-            "model, or the files are of two models: copy them again"
+            "model, or the tokenizer is of another model"
         )
 
 
@@ -680,9 +702,9 @@ def _try(model: Any, folder: Path) -> None:
                 past_key_values=DynamicCache(config=model.config),
                 use_cache=True,
             )
-    except RuntimeError:
-        pass  # not without numbers (Llama's dynamic rotary frequencies ask for one)
     except Exception as error:  # as above
+        if isinstance(error, NotImplementedError) or "meta tensors" in str(error):
+            return  # not without numbers: Llama's dynamic rotary frequencies ask for one
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             f"{folder / 'config.json'} has settings that a {type(model).__name__} cannot compute with: {reason}"
