@@ -84,6 +84,8 @@ def make(run: Run, say: Callable[[str], None] = lambda text: None, progress: Pro
         )
     notes += _shares(examples) if len(wanted_rows.sources) > 1 else []
     notes += _learning_rate(run)
+    if run.precision == "fp16" and families.passes_fp16(folder):
+        notes.append(f"warning: precision=fp16, {families.FP16}; the loss becomes 0 or NaN: use precision=bf16 or fp32")
     beyond = [length for length in examples.lengths if reads is not None and length > reads]
     if beyond:
         notes.append(

@@ -61,6 +61,7 @@ MARKS = {  # the special tokens without which a format cannot be written
     "baichuan2": baichuan.MARKS["Baichuan2"],
 }
 QUANTS = ("nf4", "int8", "chatglm-int4", "chatglm-int8")  # quant.KINDS, known before torch is loaded
+ROUNDED = ("chatglm1", "glm")  # models that ChatGLM's own int4 and int8 were published of
 FILLED = ("llama", "mistral", "qwen2", "qwen3", "glm", "glm4", "chatglm1", "llama_alibi")  # named in files as in the class
 NAMES = {"chatglm1": "ChatGLM-6B", "llama_alibi": "Llama with ALiBi (Baichuan-13B)"}  # of what export writes
 
@@ -86,7 +87,7 @@ def family_of(folder: Path) -> Family:
 
 SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "max_position_embeddings", "n_embd", "n_layer", "n_head", "n_inner",
+    "max_position_embeddings", "sliding_window", "n_embd", "n_layer", "n_head", "n_inner",
 )  # fmt: skip
 
 
@@ -133,9 +134,24 @@ def published_config(folder: Path) -> dict[str, Any]:
 
 def config_of(folder: Path) -> dict[str, Any]:
     """config.json of the native model that the folder becomes; where there are no weights yet, as far as the published one says."""
+    return _settled(folder).config
+
+
+def _settled(folder: Path) -> Family:
     family = family_of(folder)
     tied = family.config.get("tie_word_embeddings") and weights.has_weights(folder)
-    return opened(folder)[0].config if tied else family.config
+    return opened(folder)[0] if tied else family
+
+
+def passes_fp16(folder: Path) -> bool:
+    """Whether activations of this model are known to pass fp16's largest number: ChatGLM3's and GLM-4's, in their published code and
+    in transformers' (THUDM/ChatGLM3 PR 689, LLaMA-Factory 4202: loss 0, NaN)."""
+    family = family_of(folder)
+    native = family.name.startswith("Glm") and family.config.get("model_type") in ("glm", "glm4")
+    return native or family.name.startswith(("ChatGLM3", "GLM-4"))
+
+
+FP16 = "not fp16: activations of ChatGLM3 and GLM-4 pass its largest number"
 
 
 def tensor_shapes(folder: Path) -> dict[str, list[int]]:
@@ -539,7 +555,7 @@ def quant_kind(folder: Path, wanted: str | None) -> str | None:
         )
     if wanted == "keep" and not kept:
         raise UserError(f"quant: keep is for models published in int4 or int8, {folder} is not; wanted {', '.join(QUANTS)}")
-    if wanted.startswith("chatglm") and not kept and family.config.get("model_type") not in ("chatglm1", "glm"):
+    if wanted.startswith("chatglm") and not kept and family.config.get("model_type") not in ROUNDED:
         raise UserError(f"quant={wanted} is ChatGLM's own, this is {family.name}; use quant=nf4 or quant=int8")
     if wanted == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError('quant=nf4 needs bitsandbytes: pip install "glmtune[quant]"; quant=int8 needs nothing more')
@@ -562,8 +578,7 @@ def load_model(path: str | Path, *, dtype: Any = "auto", device: Any = "auto", q
     dtype = _published_dtype(folder) if dtype == "auto" else dtype
     kind = quant_kind(folder, quant)
     if device.type == "meta":
-        family = opened(folder)[0] if weights.has_weights(folder) else family_of(folder)
-        return _empty(family, dtype, folder)
+        return _empty(_settled(folder), dtype, folder)
     settings = _generation(folder)
     family, stored = opened(folder)  # also where transformers reads them: it would take a damaged file as it is
     if published_quant(folder) in ("nf4", "int8"):
