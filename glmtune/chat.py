@@ -12,6 +12,7 @@ A template is a `Scaffold`: a function from turns to `Part`s. Two kinds exist: a
 template cut into parts by rendering it once with sentinels in place of the texts.
 """
 
+import contextlib
 import datetime
 import json
 import re
@@ -99,17 +100,15 @@ class Tokens:
         if not path.is_file():
             raise UserError(f"{folder} holds no tokenizer.json; copy the model's tokenizer files beside its weights")
         config, ends = about_tokenizer(folder), _ends(folder)
-        try:
+        with readable(path):
             return cls(path.read_text(encoding="utf-8"), config, ends)
-        except BaseException as error:  # the tokenizers library raises bare Exception, and a panic of its Rust code is no Exception
-            if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
-                raise
-            raise UserError(f"{path}: cannot be read as a tokenizer ({str(error)[:200]}); copy the file again") from None
 
     @classmethod
     def of_vocabulary(cls, folder: Path, vocabulary: Vocabulary) -> "Tokens":
         """From a vocabulary that was built from a folder's published files."""
-        return cls(vocabulary.json, dict(vocabulary.config), _ends(folder), built=True)
+        ends = _ends(folder)
+        with readable(published_vocabulary(folder)):
+            return cls(vocabulary.json, dict(vocabulary.config), ends, built=True)
 
     def _id(self, key: str) -> int | None:
         value = self.config.get(key)
@@ -173,14 +172,33 @@ class Tokens:
         return 1 + max(self._raw.get_vocab(with_added_tokens=True).values(), default=-1)
 
 
+def published_vocabulary(folder: Path) -> Path:
+    """The file that a vocabulary is built from; the folder where there is none."""
+    return next((path for name in ("tokenizer.model", "ice_text.model") if (path := folder / name).is_file()), folder)
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Whatever reading a tokenizer's file raises, as a UserError with its name. A damaged file can hold anything; the tokenizers library
+    raises bare Exception, and a panic of its Rust code is not even that."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        reason = " ".join(str(error).split())[:150] or type(error).__name__
+        raise UserError(f"{path}: cannot be read as a tokenizer ({reason}); copy the file again") from None
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object of a model folder's small file; empty where there is no such file. Raises UserError for anything else."""
     if not path.is_file():
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); copy the file again") from None
+        json.dumps(found, ensure_ascii=False).encode()  # halves of surrogate pairs, which no file can be written with
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({str(error)[:150]}); copy the file again") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} holds no JSON object; copy the file again")
     return found

@@ -43,6 +43,9 @@ class Shape:
     @classmethod
     def of(cls, config: dict, parameters: int, trainable: int, linear: int | None = None) -> "Shape":
         config = {**config, **config.get("text_config", {})}
+        for name in ("intermediate_size", "num_attention_heads", "num_key_value_heads"):  # one for each layer, in some families
+            if isinstance(config.get(name), list):
+                config[name] = max(config[name])
         hidden = config.get("hidden_size") or config.get("n_embd") or 1
         layers = config.get("num_hidden_layers") or config.get("n_layer") or 1
         heads = config.get("num_attention_heads") or config.get("n_head") or 1
@@ -229,19 +232,23 @@ def _smaller(shape: Shape, how: Setting) -> Iterator[tuple[str, tuple[Shape, Set
         yield " ".join([*said, f"max_length={half} too_long=skip optim.micro_tokens={half}"]), (shape, how)
 
 
-FITS = (  # what people try, from the most to the least demanding
-    ("full", None, False), ("full", None, True), ("freeze", None, True), ("lora", None, False), ("lora", None, True), ("prefix", None, True),
-    ("lora", "int8", True), ("lora", "nf4", False), ("lora", "nf4", True),
+FITS = (  # what people try, from the most to the least demanding: method, checkpointing; the last three also beside packed weights
+    ("full", False), ("full", True), ("freeze", True), ("lora", False), ("lora", True), ("prefix", True),
 )  # fmt: skip
 LENGTHS = (8192, 4096, 2048, 1024, 512, 256, 128)
 
 
-def fitting(shape: Shape, available: float, reads: int | None = None) -> list[dict[str, Any]]:
+def fitting(
+    shape: Shape, available: float, reads: int | None = None, kinds: Sequence[str] = ("int8", "nf4"), published: bool = False
+) -> list[dict[str, Any]]:
     """For `glmtune doctor MODEL --fit`: of each usual way to tune, the longest rows that fit one at a time, and how many of them at once.
 
-    reads: the model's positions, where they are known. On a card: a CPU needs more, for its heap has holes."""
+    reads: the model's positions, where they are known. kinds: how its weights can be packed; published: they are, so that no step can
+    change them. On a card: a CPU needs more, for its heap has holes."""
     found, lengths = [], sorted({min(n, reads or n) for n in LENGTHS}, reverse=True)
-    for method, quant, checkpointing in FITS:
+    plain = [(method, None, checkpointing) for method, checkpointing in FITS if not published or method in ("lora", "prefix")]
+    packed = [(method, kind, checkpointing) for kind in kinds for method, checkpointing in FITS[-3:]]
+    for method, quant, checkpointing in [*plain, *packed]:
         trained = {"full": shape.parameters, "freeze": 3 * shape.linear // shape.layers, "prefix": 128 * shape.layers * shape.keys}
         own = replace(shape, trainable=trained.get(method) or lora_size(shape))
         optimizer = "adamw8bit" if method == "full" and checkpointing else "adamw"

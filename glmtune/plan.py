@@ -98,6 +98,8 @@ def make(
         )
     notes += _shares(examples) if len(wanted_rows.sources) > 1 else []
     notes += _learning_rate(run)
+    overflows = families.fp16_overflows(folder) if run.precision == "fp16" else None
+    notes += [f"warning: precision={overflows}"] if overflows else []
     beyond = [length for length in examples.lengths if reads is not None and length > reads]
     if beyond:
         notes.append(

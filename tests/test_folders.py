@@ -354,7 +354,7 @@ def test_what_fp16_cannot_hold_is_not_exported_as_infinity(bases: dict[str, Path
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = 1e5
     written(folder, tensors)
     with pytest.raises(UserError, match="holds numbers"):
-        export.export(folder, tmp_path / to, **({"dtype": "fp16"} if to == "to" else {"outtype": "f16"}))
+        export.export(folder, tmp_path / to, dtype="fp16" if to == "to" else "auto", outtype=None if to == "to" else "f16")
     export.export(folder, tmp_path / "fine", dtype="bf16")
 
 
@@ -438,7 +438,7 @@ def test_the_tokenizer_of_an_adapter_must_fit_the_model_too(short: Path, tmp_pat
 
     base = copied(short, tmp_path / "m")
     peft = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules=["q_proj"], r=2))
-    peft.save_pretrained(tmp_path / "adapter")
+    peft.save_pretrained(str(tmp_path / "adapter"))
     for path in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (base / path).rename(tmp_path / "adapter" / path)
     with pytest.raises(UserError, match="the tokenizer has 299 tokens, the model 280 rows"):
@@ -446,3 +446,46 @@ def test_the_tokenizer_of_an_adapter_must_fit_the_model_too(short: Path, tmp_pat
     for to in ("to", "to.gguf"):
         with pytest.raises(UserError, match="the tokenizer has 299 tokens, the model 280 rows"):
             export.export(base, tmp_path / to, adapter=tmp_path / "adapter")
+
+
+# --- what is said of a model ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["chatglm-6b", "chatglm2-6b", "chatglm3-6b", "glm-4-9b-chat", "qwen2.5"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_fp16_is_warned_of_where_activations_pass_it(name: str, precision: str, tmp_path: Path):
+    from glmtune import plan
+    from glmtune.run import Run, Source
+
+    folder = published.FAMILIES[name](tmp_path / name)
+    data = tiny.write_rows(tmp_path / "rows.jsonl", tiny.rows(2))
+    run = Run(model=str(folder), data=[Source(path=str(data))], out=str(tmp_path / "run"), precision=precision)  # type: ignore[arg-type]
+    told = [note for note in plan.make(run).notes if "precision=fp16" in note]
+    assert len(told) == (precision == "fp16" and name in ("chatglm3-6b", "glm-4-9b-chat"))
+    assert all(note.startswith("warning: ") and "bf16" in note for note in told)
+
+
+@pytest.mark.parametrize("name", ["chatglm-6b", "chatglm2-6b", "qwen2.5", "baichuan-7b"])
+def test_what_fits_has_every_way_to_pack_a_model(name: str, tmp_path: Path):
+    from glmtune import doctor
+
+    folder = published.FAMILIES[name](tmp_path / name)
+    found = doctor.fit(str(folder), "8GB")["settings"]
+    kinds = {None, "int8", "nf4", *(("chatglm-int8", "chatglm-int4") if name.startswith("chatglm") else ())}
+    for method in ("lora", "prefix"):
+        assert {row["quant"] for row in found if row["method"] == method} == kinds
+    assert {row["quant"] for row in found if row["method"] in ("full", "freeze")} == {None}
+    for kind in kinds - {None}:
+        assert families.quant_kind(folder, kind) == kind
+
+
+def test_a_model_published_packed_fits_as_it_is(tmp_path: Path):
+    from glmtune import doctor
+
+    folder = configured(published.FAMILIES["chatglm-6b"](tmp_path / "m"), quantization_bit=4)
+    for file in ("model.safetensors", "model.safetensors.index.json"):
+        (folder / file).unlink(missing_ok=True)
+    found = doctor.fit(str(folder), "8GB")["settings"]
+    assert {(row["method"], row["quant"]) for row in found} == {
+        ("lora", None), ("prefix", None), ("lora", "chatglm-int4"), ("prefix", "chatglm-int4"),
+    }  # fmt: skip

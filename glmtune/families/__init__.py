@@ -13,8 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .. import run
 from ..autoload import OURS, register
-from ..chat import Form, Template, Tokens, choose
+from ..chat import Form, Template, Tokens, choose, published_vocabulary, read_object, readable
 from ..errors import UserError, did_you_mean
 from ..options import write_whole
 from . import baichuan, chatglm, internlm, llama, smollm2, weights
@@ -73,6 +74,7 @@ MARKS = {  # the special tokens without which a format cannot be written
     "baichuan2": baichuan.MARKS["Baichuan2"],
 }
 QUANTS = ("nf4", "int8", "chatglm-int4", "chatglm-int8")  # quant.KINDS, known before torch is loaded
+ROUNDED = ("chatglm1", "glm")  # models that ChatGLM's own int4 and int8 were published of
 FILLED = ("llama", "mistral", "qwen2", "qwen3", "glm", "glm4", "chatglm1", "llama_alibi")  # named in files as in the class
 NAMES = {"chatglm1": "ChatGLM-6B", "llama_alibi": "Llama with ALiBi (Baichuan-13B)"}  # of what export writes
 
@@ -91,7 +93,26 @@ def family_of(folder: Path) -> Family:
         made = READERS.get(config.get("model_type", ""), lambda folder, config: None)(folder, given)
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{folder / 'config.json'} cannot be understood ({error!r}); copy the file again") from None
-    return made or Family(NAMES.get(config.get("model_type", "")) or _class_name(folder, config), config, same_names, native=True)
+    made = made or Family(NAMES.get(config.get("model_type", "")) or _class_name(folder, config), config, same_names, native=True)
+    _check_sizes(folder, made.config, made.config.get("model_type") in FILLED)
+    return made
+
+
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "max_position_embeddings", "sliding_window", "n_embd", "n_layer", "n_head", "n_inner",
+)  # fmt: skip
+
+
+def _check_sizes(folder: Path, config: dict[str, Any], known: bool) -> None:
+    """Sizes that are computed with before any class has seen them. known: of a class that takes no lists (one number for each layer)."""
+    text = config.get("text_config", {})
+    if not isinstance(text, dict):
+        raise UserError(f"{folder / 'config.json'}: text_config is {str(text)[:80]}; wanted an object")
+    for name, value in ((name, part[name]) for part in (config, text) for name in SIZES if part.get(name) is not None):
+        numbers = value if isinstance(value, list) and value and not known else [value]
+        if not all(type(number) is int and number >= (1 if known else 0) for number in numbers):
+            raise UserError(f"{folder / 'config.json'}: {name} is {str(value)[:80]}; wanted a whole number above 0")
 
 
 def opened(folder: Path) -> tuple[Family, dict[str, weights.Stored]]:
@@ -115,20 +136,30 @@ def _class_name(folder: Path, config: dict[str, Any]) -> str:
 
 
 def published_config(folder: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'}: {error}; copy the model folder again") from None
-    if not isinstance(found, dict) or not isinstance(found.get("model_type", ""), str):
-        raise UserError(f"{folder / 'config.json'} is not a model's config; wanted an object with model_type")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path} is missing; copy the model folder again")
+    found = read_object(path)
+    if not isinstance(found.get("model_type", ""), str):
+        raise UserError(f"{path} is not a model's config; wanted an object with model_type")
     return found
 
 
 def config_of(folder: Path) -> dict[str, Any]:
     """config.json of the native model that the folder becomes; where there are no weights yet, as far as the published one says."""
+    return _settled(folder).config
+
+
+def _settled(folder: Path) -> Family:
     family = family_of(folder)
     tied = family.config.get("tie_word_embeddings") and weights.has_weights(folder)
-    return opened(folder)[0].config if tied else family.config
+    return opened(folder)[0] if tied else family
+
+
+def fp16_overflows(folder: Path) -> str | None:
+    """As `run.fp16_overflows`, of the model in a folder, published or native."""
+    family = family_of(folder)
+    return run.fp16_overflows(str(family.config.get("model_type")) if family.native else family.name)
 
 
 def tensor_shapes(folder: Path) -> dict[str, list[int]]:
@@ -292,6 +323,8 @@ def published_quant(folder: Path) -> str | None:
     """How a folder keeps its weights, as a value of the run option `quant`: ChatGLM's own, or as transformers saves them with
     bitsandbytes; None: in 16 or 32 bits. Raises UserError for other quantisations."""
     made = published_config(folder).get("quantization_config") or {}
+    if not isinstance(made, dict):
+        raise UserError(f"{folder / 'config.json'}: quantization_config is {str(made)[:80]}; copy the file again")
     if not made:
         bits = _bits(folder)
         return f"chatglm-int{bits}" if bits else None
@@ -357,7 +390,8 @@ def _vocabulary(folder: Path, build: Callable[[Path], Vocabulary]) -> Vocabulary
         return Vocabulary(found["json"], found["config"])
     except (OSError, ValueError, KeyError):  # not there, or damaged
         pass
-    made = build(folder)
+    with readable(published_vocabulary(folder)):
+        made = build(folder)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_whole(kept, json.dumps({"json": made.json, "config": made.config}, ensure_ascii=False))
@@ -386,7 +420,7 @@ def check_rows(folder: Path, tokens: Tokens, rows: int) -> None:
     if tokens.vocab_size > rows:
         raise UserError(
             f"{folder}: the tokenizer has {tokens.vocab_size} tokens, the model {rows} rows; tokens were added without resizing the "
-            "model, or the files are of two models: copy them again"
+            "model, or the tokenizer is of another model"
         )
 
 
@@ -529,7 +563,7 @@ def quant_kind(folder: Path, wanted: str | None) -> str | None:
         )
     if wanted == "keep" and not kept:
         raise UserError(f"quant: keep is for models published in int4 or int8, {folder} is not; wanted {', '.join(QUANTS)}")
-    if wanted.startswith("chatglm") and not kept and family.config.get("model_type") not in ("chatglm1", "glm"):
+    if wanted.startswith("chatglm") and not kept and family.config.get("model_type") not in ROUNDED:
         raise UserError(f"quant={wanted} is ChatGLM's own, this is {family.name}; use quant=nf4 or quant=int8")
     if wanted == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError('quant=nf4 needs bitsandbytes: pip install "glmtune[quant]"; quant=int8 needs nothing more')
@@ -552,8 +586,7 @@ def load_model(path: str | Path, *, dtype: Any = "auto", device: Any = "auto", q
     dtype = _published_dtype(folder) if dtype == "auto" else dtype
     kind = quant_kind(folder, quant)
     if device.type == "meta":
-        family = opened(folder)[0] if weights.has_weights(folder) else family_of(folder)
-        return _empty(family, dtype, folder)
+        return _empty(_settled(folder), dtype, folder)
     settings = _generation(folder)
     family, stored = opened(folder)  # also where transformers reads them: it would take a damaged file as it is
     if published_quant(folder) in ("nf4", "int8"):
@@ -692,9 +725,9 @@ def _try(model: Any, folder: Path) -> None:
                 past_key_values=DynamicCache(config=model.config),
                 use_cache=True,
             )
-    except RuntimeError:
-        pass  # not without numbers (Llama's dynamic rotary frequencies ask for one)
     except Exception as error:  # as above
+        if isinstance(error, NotImplementedError) or "meta tensors" in str(error):
+            return  # not without numbers: Llama's dynamic rotary frequencies ask for one
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             f"{folder / 'config.json'} has settings that a {type(model).__name__} cannot compute with: {reason}"

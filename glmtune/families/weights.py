@@ -123,8 +123,8 @@ def files(folder: Path) -> list[Path]:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether there is anything that `open_folder` would read, or complain of."""
-    return any(path.name.startswith(stem) and suffix in path.name for path in folder.iterdir() for stem, suffix in FORMS)
+    """Whether there is a file that `open_folder` would read, or complain of."""
+    return any(path.suffix == suffix and path.name.startswith(stem) for path in folder.iterdir() for stem, suffix in FORMS)
 
 
 def plain(paths: Sequence[Path]) -> bool:
