@@ -24,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from . import __version__, batch, estimate, families, options, plan, report
 from .errors import Interrupted, UserError
-from .run import ADAPTERS, DEFAULT_LR, Resolved, Run, load_run
+from .run import ADAPTERS, Resolved, Run, default_lr, load_run
 from .stages import STAGES
 from .store import digest_of
 
@@ -221,7 +221,7 @@ def resolve(made: plan.Plan) -> dict[str, Any]:
         "quant": made.quant,
         "threads": torch.get_num_threads(),
         "micro_tokens": run.optim.micro_tokens or MICRO_TOKENS,
-        "lr": run.optim.lr or DEFAULT_LR[run.method.kind],
+        "lr": run.optim.lr or default_lr(run.method)[0],
         "steps": steps,
         "checkpointing": run.checkpointing is True,
         "compile": tokens * steps > COMPILE_TOKENS and tokens > COMPILE_STEP,
