@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glmtune import check, data, forms, store
+from glmtune import check, convert, data, forms, store
 from glmtune.errors import UserError
 from glmtune.reading import Item
 from glmtune.records import Example
@@ -168,9 +168,8 @@ def test_rankings_are_pairs_of_their_first_two_whatever_row_stands_first() -> No
         (problem,) = check.check([write([rows[1], {"instruction": "c", "output": ranked}])])["problems"]
         assert (problem["line"], problem["level"]) == (2, "error") and said in problem["message"]
     assert check.check([write(rows)], columns={"prompt": "instruction", "response": "output"})["problems"] == []
-
-
-CALLED: dict[str, Any] = {"type": "function", "function": {"name": "find", "arguments": '{"ship": 3}'}}
+    said = convert.convert(["rows.jsonl"], "messages", "new.jsonl")
+    assert "1 rows have more than two answers, the best first: the first two are written" in said
 
 
 @pytest.mark.parametrize(
@@ -399,3 +398,10 @@ def test_rows_that_teach_nothing_and_too_many_weights_are_told_by_line() -> None
     rows = [{**GOOD["alpaca"](i), "weight": 0.5 + i / 1000} for i in range(256)]
     told = [(one["line"], one["level"]) for one in check.check([write(rows)])["problems"]]
     assert told == [(255, "error")]
+
+
+def test_a_row_that_ends_with_a_call_and_says_nothing_is_good() -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "find", "arguments": "{}"}}]}
+    v1 = {"role": "assistant", "content": [{"type": "tool_call", "value": '{"name": "find", "arguments": {}}'}]}
+    for last in (call, {**call, "content": None}, v1):
+        assert check.check([write([{"messages": [*talk(1, "user"), last]}])])["problems"] == []
