@@ -578,7 +578,8 @@ def _first_special(text: str, special: list[str]) -> int | None:
 def _uncuttable(why: str) -> UserError:
     return UserError(
         f"the model's chat template cannot be cut into learned and unlearned parts: {why}.\n"
-        "Choose a format yourself: template=chatml, template=plain, or template={user: ..., assistant: ..., stop: ...}"
+        "Choose a format yourself: template=plain, template={user: ..., assistant: ..., stop: ...}, or one whose marks this tokenizer has "
+        "(template=chatml needs <|im_end|>)"
     )
 
 
@@ -618,6 +619,10 @@ class Template:
         written = tools.for_template(turns, self._supports)
         if self._supports in ("system", "question") and written != turns:
             self.differs["this chat format has no tools: schemas and calls are written as JSON text, results as a user's turn"] += 1
+        if self._supports == "one call" and any(turn.text and turn.extra.get("tool_calls") for turn in turns):
+            self.differs[
+                "this chat format has no text beside a tool call: the text is a turn of its own, with its own end mark"
+            ] += 1
         return written
 
     @cached_property

@@ -31,6 +31,7 @@ from .records import Conversation, Document, Labelled, Preference, Turn
 from .run import Source
 from .sources import Found, find
 
+MOST_WEIGHTS = 256
 Encode = Callable[[Conversation | Document], int]
 
 
@@ -110,13 +111,15 @@ def check(
     train, watched = (_survey_all(given, columns, format, registry) for given in (paths, dev))
     files = train + watched
     lengths = _Lengths(encode, max_length, too_long)
-    near, rows = quality.NearDuplicates(), 0
+    near, rows, weights = quality.NearDuplicates(), 0, {0.0, 1.0}
     with closing(_Seen()) as seen:
         for number, file in enumerate(files):
             tally, is_dev = _Tally(file), number >= len(train)
             seen.start(file.name, afresh=number == len(train))
+            weights = {0.0, 1.0} if number == len(train) else weights
             for row in rows_of(file):
                 rows += row.counts
+                _count_weights(row, file.name, weights)
                 _compare_with_earlier(row, file.name, seen, is_dev, learn=bool(watched) and not is_dev)
                 lengths.add(row, file.name)
                 near.add("\n".join(row.texts) if row.records and not _is_told_as_equal(row) else None)
@@ -132,6 +135,15 @@ def check(
         "notes": [printable(note) for note in notes],
         "lengths": quality.lengths(lengths.sizes, lengths.unit),
     }
+
+
+def _count_weights(row: Row, name: str, weights: set[float]) -> None:
+    """Tells the first row with one weight more than a store of tokens can hold (store.py)."""
+    if len(weights) <= MOST_WEIGHTS:
+        weights.update(weight for record in row.records for weight in _weights(record) or ())
+        if len(weights) > MOST_WEIGHTS:
+            said = f"up to here the rows have more than {MOST_WEIGHTS} different weights, the most that can be kept; round them"
+            row.problems.append(Problem(name, row.item.line, "wrong-type", said))
 
 
 def _plain(problem: Problem) -> dict[str, Any]:
@@ -260,13 +272,10 @@ def _add(kinds: dict[Any, _Kind], row: dict[str, Any], columns: dict[str, str] |
     """One more row of its kind. read: what it can be read as is found by reading it, not by its keys alone."""
     answer = row.get((columns or {}).get("response", ""))
     key = shape(row), type(answer), is_ranking(answer), _label_of(row), *_last_speakers(row)
-    if read:
-        key = (*key, uses := frozenset[Want](want for want in _USES if _is_readable(row, want)))
-    elif key not in kinds:
-        uses: frozenset[Want] = frozenset(want for want in _USES if recognise(row, want))
-    else:
-        uses = frozenset[Want]()
-    kinds.setdefault(key, _Kind(row, uses)).count += 1
+    uses: frozenset[Want] | None = frozenset(want for want in _USES if _is_readable(row, want)) if read else None
+    if (key := (*key, uses)) not in kinds:
+        kinds[key] = _Kind(row, frozenset(want for want in _USES if recognise(row, want)) if uses is None else uses)
+    kinds[key].count += 1
 
 
 _USES: tuple[Want, ...] = ("preferences", "labels", "answers", "text", "prompts")
@@ -454,6 +463,9 @@ def _contents(name: str, row: Row) -> list[Problem]:
 
 def _of_record(record: Record) -> Iterator[quality.Finding]:
     """What is wrong with the answer that is to be learned, and with what tools said."""
+    if (weights := _weights(record)) is not None and not any(weights):
+        said = "nothing of the row is learned: learn is false, or the weight 0, in every answer"
+        yield quality.Finding("nothing-learned", "warning", said)
     if isinstance(record, Document):
         return
     yield from (quality.Finding("tool-result", "warning", said) for said in tools.loose_results(record.turns)[:1])
@@ -463,6 +475,18 @@ def _of_record(record: Record) -> Iterator[quality.Finding]:
     elif (learned := _learned(record)) is not None:
         asked = [turn.text for turn in record.turns if turn.role == "user"]
         yield from quality.answer_damage(asked[-1], learned.text)
+
+
+def _weights(record: Record) -> list[float] | None:
+    """With which weights the texts of a record are learned, 0 for not at all; None where it only asks."""
+    if isinstance(record, Document):
+        return [record.weight]
+    answers = (
+        [record.chosen, record.rejected]
+        if isinstance(record, Preference)
+        else [turn for turn in record.turns if turn.role == "assistant" or turn.learn]
+    )
+    return [turn.weight * record.weight if turn.learn is not False else 0.0 for turn in answers] or None
 
 
 def _said_by(turn: Turn) -> tuple[str, dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 from . import quality
 from .check import Checked, Row, examine, write_whole
 from .errors import UserError, did_you_mean
-from .forms import Record, Want, parse_row, recognise
+from .forms import RANKED, Record, Want, parse_row, recognise
 from .reading import DataError, Item
 from .records import Conversation, Document, Example, Labelled, Preference, Turn
 
@@ -97,9 +97,10 @@ def convert(
                 raise UserError(f"{problem.place}: {problem.message}\nnothing was written; glmtune data check lists all")
         lines += [_converted(file, row, record, to) for row in file.rows for record in row.records]
     write_whole(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    return "\n".join(
-        [f"{len(lines)} rows in {out}, form {to}, read back and compared", *(note for file in files for note in file.cut)]
-    )
+    notes = [note for file in files for note in file.cut]
+    if ranked := sum(RANKED in record.meta for file in files for row in file.rows for record in row.records):
+        notes.append(f"{ranked} rows have more than two answers, the best first: the first two are written")
+    return "\n".join([f"{len(lines)} rows in {out}, form {to}, read back and compared", *notes])
 
 
 def _converted(file: Checked, row: Row, record: Record, to: str) -> dict[str, Any]:

@@ -179,7 +179,7 @@ def open_file(path: Path, name: str, columns: dict[str, str] | None = None) -> F
 
     def is_row(value: dict[str, Any]) -> bool:
         asked = [key for name, key in (columns or {}).items() if name in ("messages", "prompt", "text")]
-        return any(key in value for key in asked) or any(recognise(value, want) for want in ("prompts", "preferences"))
+        return any(key in value for key in asked) or any(recognise(value, want) for want in ("prompts", "preferences", "text"))
 
     file = files.open_file(path, name, is_row)
     return replace(file, items=map(_shallow, file.items))
@@ -362,7 +362,7 @@ def _columns_to_paste(row: dict[str, Any], want: Want) -> str:
     if rejected or want == "preferences":
         prompt = f"prompt: {only(asks, 'QUESTION_KEY')}, " if asks or not _are_conversations(row, [*chosen, *rejected]) else ""
         return f"columns: {{{prompt}chosen: {only(chosen, 'BETTER_KEY')}, rejected: {only(rejected, 'WORSE_KEY')}}}"
-    answers = [key for key in texts if (_ANSWERS.search(key) or key in chosen) and key not in asks]
+    answers = [key for key in texts if _ANSWERS.search(key) and key not in asks]
     return f"columns: {{prompt: {only(asks, 'QUESTION_KEY')}, response: {only(answers, 'ANSWER_KEY')}}}"
 
 
@@ -441,7 +441,8 @@ def _preference(row: dict[str, Any], names: dict[str, str], join: str) -> Prefer
     keys = names.get("chosen", "chosen"), names.get("rejected", "rejected")
     response = names.get("response", "")
     meta = {}
-    if is_ranking(ranked := row.get(response)) and not row.keys() & set(keys):
+    ranked = row.get(response)
+    if is_ranking(ranked) and not row.keys() & set(keys):
         keys, row = _first_two(row, response)
         meta = {RANKED: len(ranked)} if len(ranked) > 2 else {}
     if "better" in names:
@@ -672,7 +673,8 @@ def _message(message: Any, number: int) -> list[Turn]:
     if "tools" in extra:
         extra["tools"] = _schemas(message, "tools", place)
     role = _role(given, number)
-    if is_parts(content := message.get(text_key)) and role == "assistant":
+    content = message.get(text_key)
+    if is_parts(content) and role == "assistant":
         text, more = _parts(content, number, given, place)
         if both := extra.keys() & more.keys():
             raise DataError("wrong-type", f"{place}'{min(both)}' stands beside the content and in it; keep one of the two")

@@ -18,7 +18,7 @@ from . import data, estimate, families, mixing, options, sources
 from .chat import JOIN, Template
 from .errors import UserError
 from .records import Conversation
-from .run import DEFAULT_LR, Run, Source, moment
+from .run import Run, Source, default_lr, moment
 from .stages import STAGES, Limits
 from .store import Chosen, Store
 from .tokenise import Progress, Wanted, date_of, is_store, tokenised
@@ -321,12 +321,12 @@ def _sides(run: Run, made: Store, found: Sequence[sources.Found]) -> tuple[Chose
 
 
 def _learning_rate(run: Run) -> list[str]:
-    usual, given = DEFAULT_LR[run.method.kind], run.optim.lr
+    (usual, name), given = default_lr(run.method), run.optim.lr
     if given is None:
-        return [f"learning rate {usual:g}, the default of method {run.method.kind}"]
+        return [f"learning rate {usual:g}, the default of method {name}"]
     if not usual / 10 < given < usual * 10:
         return [
-            f"warning: optim.lr={given:g} is {'above' if given > usual else 'below'} the usual {usual:g} of method {run.method.kind} by ten times or more"
+            f"warning: optim.lr={given:g} is {'above' if given > usual else 'below'} the usual {usual:g} of method {name} by ten times or more"
         ]
     return []
 

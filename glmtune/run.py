@@ -453,9 +453,16 @@ class Run(Options):
 DEFAULT_LR = {
     "lora": 2e-4,
     "prefix": 1e-2,
+    "prefix with projection": 1e-4,  # at 1e-2 its loss rises fourfold
     "freeze": 5e-5,
     "full": 1e-5,
 }  # per method; others published and measured values stand in LOG.md
+
+
+def default_lr(method: Options) -> tuple[float, str]:
+    """The learning rate of a run that gives none, and the name that it has in DEFAULT_LR."""
+    name = "prefix with projection" if isinstance(method, Prefix) and method.projection else getattr(method, "kind")  # noqa: B009
+    return DEFAULT_LR[name], name
 
 
 def load_run(path: str | Path | None, overrides: Iterable[str] = (), **missing: Any) -> Run:

@@ -13,7 +13,7 @@ from typing import Any
 
 from . import __version__, batch, estimate, families, plan
 from .errors import UserError
-from .run import ADAPTERS, DEFAULT_LR, Run
+from .run import ADAPTERS, Run, default_lr
 from .stages import STAGES
 
 # Compiling the pointwise kernels takes 10 to 60 s and pays where a run has many tokens and its steps are not tiny (LOG.md).
@@ -37,7 +37,7 @@ def resolve(made: plan.Plan) -> dict[str, Any]:
         "quant": made.quant,
         "threads": torch.get_num_threads(),
         "micro_tokens": run.optim.micro_tokens or MICRO_TOKENS,
-        "lr": run.optim.lr or DEFAULT_LR[run.method.kind],
+        "lr": run.optim.lr or default_lr(run.method)[0],
         "steps": steps,
         "checkpointing": run.checkpointing is True,
         "compile": tokens * steps > COMPILE_TOKENS and tokens > COMPILE_STEP,

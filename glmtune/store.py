@@ -66,8 +66,9 @@ class Block:
             name, _, line = example.where.rpartition(":")
             places += [files.setdefault(name, len(files)), int(line) if line.isdigit() else 0]
         flat = np.array(weights, dtype=np.float64)
-        codes = flat.astype(np.uint8)
-        if not np.array_equal(codes, flat) or codes.max(initial=0) > 1:  # other weights than 0 and 1
+        if np.isin(flat, (0.0, 1.0)).all():
+            codes = flat.astype(np.uint8)
+        else:
             numbers = [known.setdefault(weight, len(known)) for weight in weights]
             if len(known) > 256:
                 raise UserError(f"the rows have {len(known)} different weights; at most 256 can be kept. Round them")

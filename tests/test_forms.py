@@ -515,6 +515,22 @@ def test_a_format_of_one_call_gets_them_one_by_one_each_before_its_result(suppor
     assert made[1] == Turn("assistant", "Let me see.", learn=False) and all(turn.learn is False for turn in made[2:-1:2])
 
 
+def test_text_beside_a_call_is_said_where_the_format_has_no_place_for_it(templates: dict[str, chat.Template]) -> None:
+    for name, said in (("one", 1), ("qwen", 0), ("glm4", 0)):
+        if (template := templates.get(name)) is None:
+            continue
+        for text in ("", "Let me see."):
+            template.differs.clear()
+            turn = Turn("assistant", text, extra={"tool_calls": [{"name": "weather", "arguments": {}}]})
+            template.encode(Conversation((Turn("user", "Rain?", extra={"tools": SCHEMAS}), turn, Turn("tool", "no"), A)))
+            told = [count for reason, count in template.differs.items() if "text beside a tool call" in reason]
+            assert bool(told) == (said == 1 and text != "")
+
+
+def test_the_advice_for_a_template_that_cannot_be_cut_fits_any_tokenizer() -> None:
+    assert "template=chatml needs <|im_end|>" in str(chat._uncuttable("why"))
+
+
 def replace_tools(turn: Turn, schemas: Any) -> Turn:
     return Turn(turn.role, turn.text, extra={"tools": schemas} if schemas else {})
 
