@@ -442,19 +442,22 @@ def hf_tokenizer(folder: Path, template: Template) -> Any:
 # --- loading ------------------------------------------------------------------------------------------------------------
 
 
-def pick_device(wanted: str = "auto") -> Any:
-    """A torch device. `auto`: the first CUDA card, else Apple's GPU, else the CPU. Raises UserError for one that is not there."""
+def pick_device(wanted: Any = "auto") -> Any:
+    """A torch device, by its name or itself. `auto`: the first CUDA card, else Apple's GPU, else the CPU. Raises UserError for one that is not
+    there."""
     import torch
 
-    if wanted == "auto":
+    if isinstance(wanted, str) and wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        device = torch.device(wanted)
+        device = torch.device(wanted) if isinstance(wanted, str | torch.device) else None
     except RuntimeError:
-        raise UserError(
-            f"device: '{wanted}' is not a device; wanted auto, cpu, cuda, cuda:1 or mps{did_you_mean(wanted, ['auto', 'cpu', 'cuda', 'mps'])}"
-        ) from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps") or (device.type != "cuda" and device.index):
+        near = did_you_mean(str(wanted)[:40], ["auto", "cpu", "cuda", "mps"])
+        raise UserError(f"device: '{str(wanted)[:40]}' is not a device; wanted auto, cpu, cuda, cuda:1 or mps{near}")
+    # str: torch keeps eight bits of an index, so that its cuda:256 is cuda:0.
+    if device.type == "cuda" and (str(device) != str(wanted) or not 0 <= (device.index or 0) < torch.cuda.device_count()):
         raise UserError(
             f"device: '{wanted}' is not there ({torch.cuda.device_count()} CUDA cards are visible); `glmtune doctor` says why"
         )
@@ -478,11 +481,23 @@ def pick_precision(wanted: str, device: Any) -> str:
     return wanted if wanted != "auto" else "bf16" if fast_bf16(device) else "fp32"
 
 
+DTYPES = {
+    "bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16", "float16": "float16", "half": "float16", "fp32": "float32",
+    "float32": "float32", "float": "float32",
+}  # fmt: skip
+
+
 def as_dtype(dtype: Any) -> Any:
-    """The torch dtype behind "bf16", "fp16" and "fp32"; anything else as it is."""
+    """A torch dtype: by our names (bf16, fp16, fp32), torch's ("bfloat16", "torch.float16", "half" ...), or itself; "auto" stays. Raises
+    UserError for anything else."""
     import torch
 
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(dtype, dtype)
+    if isinstance(dtype, str) and dtype == "auto":
+        return dtype
+    if isinstance(dtype, str | torch.dtype) and (name := DTYPES.get(str(dtype).removeprefix("torch."))):
+        return getattr(torch, name)
+    near = did_you_mean(dtype, DTYPES) if isinstance(dtype, str) else ""
+    raise UserError(f"dtype: {str(dtype)[:40]!r} is none that a model can be used in; wanted auto, bf16, fp16 or fp32{near}")
 
 
 def quant_kind(folder: Path, wanted: str | None) -> str | None:
@@ -518,10 +533,10 @@ def load_model(path: str | Path, *, dtype: Any = "auto", device: Any = "auto", q
     """
     import torch
 
+    dtype = as_dtype(dtype)
     folder = resolve(str(path))
     family = family_of(folder)
-    dtype = as_dtype(dtype)
-    device = pick_device(device) if isinstance(device, str) else device
+    device = torch.device("meta") if str(device) == "meta" else pick_device(device)
     register()
     if dtype == "auto":
         named = str(published_config(folder).get("torch_dtype") or published_config(folder).get("dtype") or "float32")
