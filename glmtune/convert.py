@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from . import quality
-from .check import Checked, Row, examine, write_whole
+from .check import Checked, Row, examine
 from .errors import UserError, did_you_mean
+from .files import whole
 from .forms import Record, Want, parse_row, recognise
 from .reading import DataError, Item
 from .records import Conversation, Document, Example, Labelled, Preference, Turn
@@ -89,7 +90,7 @@ def convert(
             if problem.level == "error":
                 raise UserError(f"{problem.place}: {problem.message}\nnothing was written; glmtune data check lists all")
         lines += [_converted(file, row, record, to) for row in file.rows for record in row.records]
-    write_whole(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    whole(out, (json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return "\n".join(
         [f"{len(lines)} rows in {out}, form {to}, read back and compared", *(note for file in files for note in file.cut)]
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .files import whole
 from .generate import Sampling, answer
 from .loaded import Loaded
 
@@ -46,11 +47,7 @@ def predict(
             made[todo[i]] = text
             file.write(json.dumps({"row": todo[i], "prediction": text}, ensure_ascii=False) + "\n")
             file.flush()
-    final = out.with_name(out.name + ".new")
-    with open(final, "w", encoding="utf-8") as file:
-        for i, row in enumerate(rows):
-            file.write(json.dumps({**row.meta["row"], "prediction": made[i]}, ensure_ascii=False) + "\n")
-    final.replace(out)
+    whole(out, (json.dumps({**row.meta["row"], "prediction": made[i]}, ensure_ascii=False) + "\n" for i, row in enumerate(rows)))
     part.unlink()
     return len(todo)
 

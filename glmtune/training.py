@@ -5,7 +5,6 @@ interrupted at any moment and resumed ends bit-identical to the straight run; a 
 """
 
 import contextlib
-import errno
 import functools
 import importlib
 import json
@@ -24,6 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from . import __version__, batch, estimate, families, options, plan, report
 from .errors import Interrupted, UserError
+from .files import DISK, lenient_jsonl, sync_folder, told, whole
 from .files import digest as digest_of
 from .run import ADAPTERS, DEFAULT_LR, Resolved, Run, load_run
 from .stages import STAGES
@@ -143,8 +143,8 @@ def train(run: Run, *, resume: bool = False, screen: Screen | None = None) -> Re
                 options.write(run.model_copy(update={"resolved": settings}), out / "run.yaml", _header())
             return session.run(resume)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise UserError(_no_room(out)) from None
+            if error.errno in DISK:
+                raise UserError(_no_room(out, error)) from None
             raise
 
 
@@ -345,10 +345,10 @@ def settings_line(settings: dict[str, Any]) -> str:
     )
 
 
-def _no_room(out: Path) -> str:
+def _no_room(out: Path, error: OSError) -> str:
     last = next((p for p, _ in _checkpoints(out)), None)
     kept = f"the last good checkpoint is {last}" if last else "no checkpoint was written yet"
-    return f"no room left on the disk of {out}; {kept}. Free some room, then: glmtune train {out / 'run.yaml'} --resume"
+    return f"{told(error, out)}; {kept}. Then: glmtune train {out / 'run.yaml'} --resume"
 
 
 def _finished(out: Path) -> Report:
@@ -376,7 +376,13 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     """Complete or unchanged: written beside and renamed."""
-    options.write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _cut_log(path: Path, step: int) -> None:
+    """Steps after the checkpoint are made again, so their lines go; so do damaged ones."""
+    rows = lenient_jsonl(path)[0] if path.is_file() else []
+    write_jsonl(path, [row for row in rows if type(row.get("step")) is int and row["step"] <= step])
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------------------
@@ -471,7 +477,7 @@ class _Training:
         self._ask("before")
         if resume:
             self._load()
-        self._cut_log()
+        _cut_log(self.out / "log.jsonl", self.state.step)
         self.trackers = list(_trackers(self.plan.run, self.out, self.state.step))
         per_epoch = batch.steps_per_epoch(len(self.plan.examples), optim.batch_size)
         started, saved_at = time.monotonic() - self.state.seconds, time.monotonic()
@@ -514,7 +520,7 @@ class _Training:
         report.write(self.out)
         state = self.state
         done = Finished(state.step, state.last_loss, state.best_loss, state.best_step, round(state.seconds, 3))
-        options.write_whole(self.out / "finished.json", json.dumps(asdict(done)) + "\n")
+        whole(self.out / "finished.json", json.dumps(asdict(done)) + "\n")
         return Report(
             self.out,
             self.state.step,
@@ -679,12 +685,12 @@ class _Training:
             methods.save_full(self.model, work)
             config = json.loads((work / "config.json").read_text(encoding="utf-8"))
             config["dtype"] = "float32"  # of what was trained; the rest may be stored in 16 bits
-            methods.write_text(work / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+            whole(work / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         else:
             methods.save_adapter(self.model, work, method, str(self._base_name()), self.settings["fingerprint"])
         families.save_tokenizer(self.plan.folder, self.plan.template, work)
         reason = methods.prefix.plain_peft(self.model) if self.plan.run.method.kind == "prefix" else None
-        (work / "README.md").write_text(_readme(self.plan, str(self._base_name()), full, reason), encoding="utf-8")
+        whole(work / "README.md", _readme(self.plan, str(self._base_name()), full, reason))
         if final:
             shutil.rmtree(target, ignore_errors=True)
             work.rename(target)
@@ -714,12 +720,10 @@ class _Training:
             methods.write_tensors(tensors, work / "optimizer.safetensors")
             shutil.copy(self.out / "run.yaml", work / "run.yaml")
             files = {p.name: digest_of(p) for p in sorted(work.iterdir())}
-            methods.write_text(
-                work / "state.json", json.dumps({**asdict(self.state), "numbers": numbers, "files": files}, indent=1) + "\n"
-            )
-            methods.sync_folder(work)
+            whole(work / "state.json", json.dumps({**asdict(self.state), "numbers": numbers, "files": files}, indent=1) + "\n")
+            sync_folder(work)
             work.rename(folder)
-            methods.sync_folder(folder.parent)
+            sync_folder(folder.parent)
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
@@ -763,17 +767,6 @@ class _Training:
             for name, parameter in self.parameters.items():
                 parameter.copy_(trained[name])
         optimizer.restore(self.optimizer, self.parameters, methods.read_tensors(folder / "optimizer.safetensors"), kept.numbers)
-
-    def _cut_log(self) -> None:
-        """Steps after the checkpoint are made again, so their lines go."""
-        path = self.out / "log.jsonl"
-        kept = []
-        if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):  # the last line of a killed run may be half a line
-                    if (row := json.loads(line))["step"] <= self.state.step:
-                        kept.append(row)
-        write_jsonl(path, kept)
 
     # before and after --------------------------------------------------------------------------------------------------
 
