@@ -13,7 +13,6 @@ import json
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import chain, islice, zip_longest
@@ -24,6 +23,7 @@ from . import quality, tools
 from .blocks import printable
 from .data import Problem, Rows, problem_of
 from .errors import UserError
+from .files import whole
 from .forms import Form, Reading, Record, Want, choose_forms, is_ranking, open_file, parse_rows, recognise, shape
 from .options import build
 from .reading import Broken, DataError, File, Item, left_out, suffix_of
@@ -112,7 +112,7 @@ def check(
     files = train + watched
     lengths = _Lengths(encode, max_length, too_long)
     near, rows, weights = quality.NearDuplicates(), 0, {0.0, 1.0}
-    with closing(_Seen()) as seen:
+    with _Seen() as seen:
         for number, file in enumerate(files):
             tally, is_dev = _Tally(file), number >= len(train)
             seen.start(file.name, afresh=number == len(train))
@@ -520,8 +520,15 @@ class _Seen:
         self.base.execute("CREATE TABLE rows (content INTEGER PRIMARY KEY, place INTEGER)")
         self.base.execute("BEGIN")
 
-    def close(self) -> None:
+    def __enter__(self) -> "_Seen":
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self.base.close()
+        if isinstance(error, sqlite3.OperationalError):
+            raise UserError(
+                f"the temporary file in which rows are compared: {error}; free some room on that disk, or set SQLITE_TMPDIR"
+            ) from None
 
     def start(self, file: str, afresh: bool = False) -> None:
         """The next file. afresh: its rows are not told for being equal to rows of those before."""
@@ -730,20 +737,20 @@ def fix(
         for problem in file.problems:
             if problem.level == "error":
                 raise UserError(f"{problem.place}: {problem.message}; this cannot be mended row by row, nothing was written")
-    with closing(_Seen()) as seen:
+    with _Seen() as seen:
         parts = [_sorted(file, seen) for file in files]
     kinds = Counter(problem.kind for part in parts for problem in part.gone.values())
     kept = sum(part.count - len(part.gone) - len(part.passed) for part in parts)
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for part in parts for row in part.removed())
-    write_whole(removed, lines)
     layout, other = _layout_of(parts), ""
     try:
-        write_whole(out, _render(parts, layout, out.name))
+        whole(removed, lines)
+        whole(out, _render(parts, layout, out.name))
         if layout in ("csv", "text") and not _reads_back(out, parts):
             other = f"; as {'CSV' if layout == 'csv' else 'plain text'} they would be read otherwise, so {out} has JSON Lines"
-            write_whole(out, _render(parts, "lines", out.name))
-    except UserError:
-        removed.unlink()
+            whole(out, _render(parts, "lines", out.name))
+    except BaseException:  # half of it would stand in the way of the next try
+        removed.unlink(missing_ok=True)
         out.unlink(missing_ok=True)
         raise
     why = f" ({', '.join(f'{count} {kind}' for kind, count in kinds.most_common())})" if kinds else ""
@@ -817,16 +824,3 @@ def _csv(header: tuple[str, ...], rows: Iterable[tuple[File, Item]], delimiter: 
         yield sheet.getvalue()[:-2] + "\n"
         sheet.seek(0)
         sheet.truncate()
-
-
-def write_whole(path: Path, texts: str | Iterable[str]) -> None:
-    """Lone surrogates of removed rows are written as \\udXXX, which JSON reads back."""
-    new = path.with_name(path.name + ".new")
-    try:
-        with open(new, "wb") as file:
-            for text in [texts] if isinstance(texts, str) else texts:
-                file.write(text.encode("utf-8", "backslashreplace"))
-    except UserError:
-        new.unlink()
-        raise
-    new.replace(path)

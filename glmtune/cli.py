@@ -1,7 +1,6 @@
 """The command line. Light on purpose: each command imports what it needs. Exit codes: 0 done, 2 the user can mend it,
 1 our fault (with a traceback), 130 interrupted after saving."""
 
-import errno
 import json
 import os
 import sys
@@ -12,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import __version__
+from . import __version__, files
 from .errors import Interrupted, UserError
 from .terminal import console, line, prepare, print, visible
 
@@ -211,7 +210,8 @@ def predict(
     loaded = load(model, device=device, adapter=adapter, quant=quant, say=_say)
     screen = Terminal()
     try:
-        start(loaded, found.rows, out, sampling, batch_size, screen.asking("answers", len(found.rows)), _say)
+        with files.naming(out):
+            start(loaded, found.rows, out, sampling, batch_size, screen.asking("answers", len(found.rows)), _say)
     except KeyboardInterrupt:
         raise Interrupted(f"stopped; answers so far are kept in {out}.part, the same command continues") from None
     finally:
@@ -372,8 +372,6 @@ def export(
         folder = export_published(adapter, model, to, _say)
         print(json.dumps({"to": str(folder)}) if json_ else f"{folder}: the adapter in the layout that {model} was published in")
         return
-    if dtype not in ("auto", "bf16", "fp16", "fp32"):
-        raise UserError(f"--dtype {dtype}: wanted auto, bf16, fp16 or fp32")
     if rounding not in ("nearest", "stochastic"):
         raise UserError(f"--rounding {rounding}: wanted nearest or stochastic")
     from .export import export as start
@@ -823,19 +821,6 @@ def top(
 
 
 # What is wrong with a path, or with the disk behind it: nothing of that is a defect of the program.
-_PATHS = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOENT,
-    errno.EEXIST,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EROFS,
-    errno.ENAMETOOLONG,
-    errno.ENOSPC,
-)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command and turns what happened into an exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -867,8 +852,8 @@ def main(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
-        if isinstance(error, OSError) and error.filename and error.errno in _PATHS:
-            _fail(f"{error.filename}: {os.strerror(error.errno).lower()}; choose another path, or make this one usable")
+        if isinstance(error, OSError) and ((error.filename and error.errno in files.ADVICE) or error.errno in files.DISK):
+            _fail(files.told(error))
             sys.exit(2)
         import traceback
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from . import quality
-from .check import Checked, Row, examine, write_whole
+from .check import Checked, Row, examine
 from .errors import UserError, did_you_mean
+from .files import whole
 from .forms import RANKED, Record, Want, parse_row, recognise
 from .reading import DataError, Item
 from .records import Conversation, Document, Example, Labelled, Preference, Turn
@@ -96,7 +97,7 @@ def convert(
             if problem.level == "error":
                 raise UserError(f"{problem.place}: {problem.message}\nnothing was written; glmtune data check lists all")
         lines += [_converted(file, row, record, to) for row in file.rows for record in row.records]
-    write_whole(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    whole(out, (json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     notes = [note for file in files for note in file.cut]
     if ranked := sum(RANKED in record.meta for file in files for row in file.rows for record in row.records):
         notes.append(f"{ranked} rows have more than two answers, the best first: the first two are written")

@@ -3,13 +3,12 @@ one GGUF file for llama.cpp."""
 
 import contextlib
 import json
-import shutil
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from . import adapters, data, estimate, families, gguf, merging, methods
+from . import adapters, data, estimate, families, files, gguf, merging, methods
 from .chat import Template, align
 from .errors import UserError
 from .families import weights
@@ -51,6 +50,7 @@ def export(
         raise UserError(f"--to {to}: a GGUF is one file with the adapter merged, and its numbers are named by --outtype; leave out --dtype, --shard-size and --unmerged")  # fmt: skip
     if outtype is not None and not single:
         raise UserError(f"--outtype {outtype} is for a GGUF file: give --to NAME.gguf, or choose --dtype for a folder")
+    families.as_dtype(dtype)  # refuses what is none
     if single:
         gguf.check_outtype(outtype or "f16")
     if to.exists() and (single or not to.is_dir() or any(to.iterdir())):
@@ -76,11 +76,8 @@ def export(
     elif place.adapter is not None:
         _merge(loaded, place, template, rounding, False, say)
     _refuse_odd(loaded, place)
-    work = to.with_name(f".{to.name}.part")
-    shutil.rmtree(work, ignore_errors=True)
-    try:
+    with files.new_folder(to) as work:
         say(f"writing {families.num_parameters(place.base) / 1e6:.0f} M parameters as {str(kept).removeprefix('torch.')} ...")
-        work.mkdir(parents=True)
         methods.save_full(loaded, work, f"{shard_gb:g}GB")
         if template is None:
             say(f"warning: {place.base} holds no tokenizer, so {to} gets none")
@@ -88,12 +85,7 @@ def export(
             families.save_tokenizer(place.base, template, work)
         if unmerged and place.adapter is not None:
             _copy_adapter(place.adapter, work / "adapter", to)
-        (work / "README.md").write_text(_readme(place, loaded, to, unmerged), encoding="utf-8")
-        if to.exists():
-            to.rmdir()
-        work.rename(to)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        files.whole(work / "README.md", _readme(place, loaded, to, unmerged))
     return to
 
 
@@ -189,7 +181,7 @@ def _copy_adapter(adapter: Path, target: Path, base: Path) -> None:
     methods.write_tensors(tensors, target / "adapter_model.safetensors", families.fingerprint(target.parent))
     methods.compare(tensors, target / "adapter_model.safetensors")
     config["base_model_name_or_path"] = str(base.resolve())
-    methods.write_text(target / "adapter_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    files.whole(target / "adapter_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def _readme(place: families.Place, model: Any, to: Path, unmerged: bool) -> str:

@@ -5,6 +5,7 @@ with them (src/models, src/llama-vocab.cpp). What it cannot run as the model com
 refused; small differences are said.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from torch import Tensor
 from . import estimate
 from .chat import Template, Tokens
 from .errors import UserError, did_you_mean
+from .files import DiskError
 
 QKV = ("q_proj", "k_proj", "v_proj")
 
@@ -135,9 +137,10 @@ def write(
         _compare(part, {key: (list(tensor.shape), kinds[key], digests[key]) for key, (tensor, _) in tensors.items()})
         part.replace(to)
     except OSError as error:
-        raise UserError(f"{to} could not be written: {error.strerror or error}") from None
+        raise DiskError(to, error) from None
     finally:
-        writer.close()
+        with contextlib.suppress(OSError):  # it tries once more to write what is left
+            writer.close()
         part.unlink(missing_ok=True)
     return to
 

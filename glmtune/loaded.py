@@ -54,23 +54,23 @@ def load(
 ) -> Loaded:
     """A model with tokenizer, template and (from a run's folder, or `adapter`) what was trained.
 
-    path_or_id: the built-in model's name, a folder, a hub id, a run's folder or a checkpoint. dtype "auto": fp32 on the CPU where
-    it fits in a third of the memory (adapters then lose nothing), else bf16. quant: how the weights are kept, nf4, int8, chatglm-int4,
-    chatglm-int8 or "none" (16 or 32 bits); None: as the run kept its base, or as the model was published.
+    path_or_id: the built-in model's name, a folder, a hub id, a run's folder or a checkpoint. dtype: bf16, fp16, fp32, torch's names for them,
+    or a torch dtype; "auto": fp32 on the CPU where it fits in a third of the memory (adapters then lose nothing), else bf16. quant: how the
+    weights are kept, nf4, int8, chatglm-int4, chatglm-int8 or "none" (16 or 32 bits); None: as the run kept its base, or as the model was
+    published. Raises UserError: no such model, dtype or device, an adapter that does not fit.
     """
     import torch
 
+    dtype, target = families.as_dtype(dtype), families.pick_device(device)
     place = families.locate(path_or_id, adapter, say)
     settings = published_settings(place.base, say)  # bad ones are told before the model loads
     if quant is None:
         quant = place.quant or ("keep" if families.published_quant(place.base) else None)
-    target = families.pick_device(device) if isinstance(device, str) else device
     if dtype == "auto":
         import psutil
 
         roomy = target.type == "cpu" and families.num_parameters(place.base) * 4 < psutil.virtual_memory().total / 3
         dtype = torch.float32 if roomy or not families.fast_bf16(target) else torch.bfloat16
-    dtype = families.as_dtype(dtype)
     template = families.open_template(place.tokenizer, place.template, now=place.now)
     if template.dates:
         when = "when this run was started" if place.now is not None else "today"

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import batch, options, probes, progress, report, runfolder, settings
+from . import batch, files, probes, progress, report, runfolder, settings
 from .errors import Interrupted, UserError
 from .progress import Report
 from .records import Example
@@ -108,7 +108,7 @@ class Loop:
         report.write(self.out)
         state = self.state
         done = runfolder.Finished(state.step, state.last_loss, state.best_loss, state.best_step, round(state.seconds, 3))
-        options.write_whole(self.out / "finished.json", json.dumps(asdict(done)) + "\n")
+        files.whole(self.out / "finished.json", json.dumps(asdict(done)) + "\n")
         return Report.of(self.out, done, samples)
 
     # --- one step -------------------------------------------------------------------------------------------------------

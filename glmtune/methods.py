@@ -14,22 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import prefix
-from .adapters import PREFIX, Adapter, listed, lora, lora_tensors, open_folder, read, refuse_half, shortest
+from . import files, prefix
+from .adapters import PREFIX, Adapter, listed, lora, lora_tensors, open_folder, read, refuse_half, refuse_resized, shortest
 from .errors import UserError
 from .families import frozen_choice, lora_sizes, named_whole, pick_targets, plain_lora, sharing
 from .layers import Embedding, Linear, RowNoise, blocks, prepare, prepared
 from .run import Freeze, Full, Lora, Prefix
-from .tensors import compare, read_tensors, save_full, sync_folder, write_tensors, write_text
+from .tensors import compare, read_tensors, save_full, write_tensors
 
 __all__ = [
     "Embedding",
     "compare",
     "read_tensors",
     "save_full",
-    "sync_folder",
     "write_tensors",
-    "write_text",
 ]  # and all defined here
 
 EXACT_SVD = 2048  # the smaller side of a weight up to which PiSSA decomposes it exactly
@@ -372,7 +370,7 @@ def save_adapter(model: nn.Module, folder: Path, options: Any, base: str, finger
     if lost or not tensors:
         raise AssertionError(f"these trained tensors are in no adapter: {lost}")
     write_tensors(tensors, folder / "adapter_model.safetensors", fingerprint)
-    write_text(folder / "adapter_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    files.whole(folder / "adapter_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     compare(tensors, folder / "adapter_model.safetensors")
 
 
@@ -436,6 +434,7 @@ def _load_lora(model: nn.Module, adapter: Adapter) -> None:
                 f"{name}: A {list(held.A.shape)} and B {list(held.B.shape)} do not fit a layer of {layer.in_features} -> {layer.out_features}"
             )
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    refuse_resized(adapter, {name: len(p) for name, p in parameters.items() if p.dim()})
     for name, tensor in adapter.whole.items():
         packed = layers.get(name.rpartition(".")[0])
         if packed is not None and packed.packed is not None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from . import options, sources
+from . import files, options, sources
 from .errors import UserError
 from .oldfiles import (
     CHATGLM_TUNING,
@@ -75,7 +75,7 @@ def convert(path: str | Path, to: str | Path, say: Say = lambda text: None) -> R
     for line in (f"{path}: a run of {old.tool}", *remarks):
         say(line)
     to.parent.mkdir(parents=True, exist_ok=True)
-    options.write_whole(to, text)
+    files.whole(to, text)
     try:
         return load_run(to)
     except UserError:  # nothing is left behind that the next import would find

@@ -4,7 +4,6 @@ Errors are collected, name the option by its dotted path, say what came and what
 """
 
 import json
-import os
 import re
 import types
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import UserError, did_you_mean, shown
+from .files import whole
 
 
 class Options(BaseModel):
@@ -348,16 +348,7 @@ def plain(options: Options) -> dict[str, Any]:
 
 def write(options: Options, path: str | Path, header: str = "") -> None:
     text = yaml.safe_dump(plain(options), sort_keys=False, allow_unicode=True, width=120)
-    write_whole(Path(path), header + text)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Complete or unchanged, also when the process is killed: written beside, fsynced, renamed."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
-    part.replace(path)
+    whole(path, header + text)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> Iterator[str]:

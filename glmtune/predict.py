@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from . import options
 from .errors import UserError
+from .files import whole
 from .generate import Sampling, answer, reads_at_most
 from .loaded import Loaded
 
@@ -46,18 +46,14 @@ def predict(
     made = _kept(part, header, len(prompts), say)
     done(len(made))
     # Written anew, so that what is added does not continue half a line.
-    options.write_whole(part, "".join(_line(item) for item in [header, *(_row(i, text) for i, text in made.items())]))
+    whole(part, "".join(_line(item) for item in [header, *(_row(i, text) for i, text in made.items())]))
     todo = set(range(len(prompts))) - made.keys()
     with open(part, "a", encoding="utf-8") as file:
         for i, text in answer(loaded.model, loaded.template, prompts, sampling, batch_size, done, todo):
             made[i] = text
             file.write(_line(_row(i, text)))
             file.flush()
-    final = out.with_name(out.name + ".new")
-    with open(final, "w", encoding="utf-8") as file:
-        for i, row in enumerate(rows):
-            file.write(_line({**row.meta["row"], "prediction": made[i]}))
-    final.replace(out)
+    whole(out, (_line({**row.meta["row"], "prediction": made[i]}) for i, row in enumerate(rows)))
     part.unlink()
     return len(todo)
 

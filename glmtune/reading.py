@@ -4,6 +4,7 @@ Nothing is dropped: what is not a row comes out as `Broken`, with its place. No 
 """
 
 import csv
+import errno
 import json
 import os
 import re
@@ -86,15 +87,32 @@ def find_files(path: str) -> list[tuple[Path, str]]:
     if not found.exists():
         if re.search(r"[*?\[]", path):
             return _matching(path)
+        _refuse_broken_link(found, path)
         raise DataError("missing-file", f"the data file '{path}' is not there{_near_names(found)}")
     if found.is_file():
         return [(found, path)]
     if not found.is_dir():
         raise DataError("missing-file", f"'{path}' is neither a file nor a folder (a pipe?); write what it gives to a file first")
-    files = sorted(entry for entry in found.iterdir() if is_data_name(entry.name) and entry.is_file())
+    named = sorted(entry for entry in found.iterdir() if is_data_name(entry.name))
+    for entry in named:
+        _refuse_broken_link(entry, f"{path.rstrip('/')}/{entry.name}")
+    files = [entry for entry in named if entry.is_file()]
     if not files:
         raise DataError("missing-file", f"the folder '{path}' has no data files ({', '.join(SUFFIXES)}, also .gz)")
     return [(entry, f"{path.rstrip('/')}/{entry.name}") for entry in files]
+
+
+def _refuse_broken_link(path: Path, name: str) -> None:
+    """Raises DataError for a link to nothing or to itself, which else is as if it were not there."""
+    if not path.is_symlink():
+        return
+    try:
+        path.stat()
+    except OSError as error:
+        what = "leads in a circle" if error.errno == errno.ELOOP else f"leads to '{os.readlink(path)}', which is not there"
+        raise DataError(
+            "missing-file", f"the data file '{name}' is a link that {what}; put the file itself there, or mend the link"
+        ) from None
 
 
 def left_out(path: str) -> list[str]:
@@ -110,6 +128,8 @@ def left_out(path: str) -> list[str]:
 
 def _matching(pattern: str) -> list[tuple[Path, str]]:
     names = sorted(glob(str(Path(pattern).expanduser()), recursive=True))
+    for name in filter(is_data_name, names):
+        _refuse_broken_link(Path(name), name)
     files = [name for name in names if is_data_name(name) and Path(name).is_file()]
     if not files:
         what = f"only {some([Path(name).name for name in names])}" if names else "nothing"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import files
 from .errors import UserError, did_you_mean
 from .generate import NotFinite
 from .loaded import Loaded
@@ -93,8 +94,7 @@ class Chat:
         elif not path.absolute().parent.is_dir():
             console.print(f"there is no folder {path.absolute().parent}", markup=False)
         else:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"messages": self.all_messages()}, ensure_ascii=False) + "\n")
+            files.append(path, json.dumps({"messages": self.all_messages()}, ensure_ascii=False) + "\n")
             console.print(f"(added to {path})", style="dim", markup=False)
 
 

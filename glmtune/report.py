@@ -5,9 +5,7 @@ enters it through `_esc` only. Anything may be missing: a run that is still goin
 """
 
 import html
-import json
 import math
-import os
 import re
 import shlex
 from collections import Counter
@@ -20,6 +18,7 @@ from typing import Any
 
 from . import options
 from .errors import UserError
+from .files import lenient_jsonl, whole
 from .run import Run
 
 OPEN_SAMPLES, MOST_SAMPLES = 12, 200  # shown at once; shown at all (the rest stays in samples.jsonl)
@@ -52,8 +51,8 @@ def write(out: Path) -> None:
         {row["step"]: row for row in rows}.values(), key=itemgetter("step")
     )  # of a step done again after a resume, the last
     samples = _rows(out / "samples.jsonl", notes)
-    _replace(out / "report.html", _page(out, settings, log, samples, notes).encode("utf-8", "replace"))
-    _replace(out / "loss.png", _png(out.resolve().name, log))
+    whole(out / "report.html", _page(out, settings, log, samples, notes).encode("utf-8", "replace"))
+    whole(out / "loss.png", _png(out.resolve().name, log))
 
 
 def hits(samples: list[dict]) -> list[dict]:
@@ -79,14 +78,7 @@ def _rows(path: Path, notes: list[str]) -> list[dict]:
     """The objects of a JSONL file. A line that cannot be read (half written, the run goes on) is left out and noted."""
     if not path.is_file():
         return []
-    rows, unreadable = [], 0
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # splitlines() also cuts at U+2028, inside a string
-        try:
-            row = json.loads(line or "null")
-        except ValueError:
-            row, unreadable = None, unreadable + 1
-        if isinstance(row, dict):
-            rows.append(row)
+    rows, unreadable = lenient_jsonl(path)
     if unreadable:
         notes.append(f"{path.name}: {unreadable} {'line' if unreadable == 1 else 'lines'} could not be read and are left out here")
     return rows
@@ -100,12 +92,6 @@ def _column(log: list[dict], key: str) -> list[float]:
 
 def _finite(values: list[float]) -> list[float]:
     return [value for value in values if not math.isnan(value)]
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def _reach(values: list[float]) -> int:

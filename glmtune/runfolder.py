@@ -15,6 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 from . import __version__, families, options
 from .errors import UserError
 from .files import digest as digest_of
+from .files import lenient_jsonl
+from .files import whole as write_whole
 from .run import Run, load_run
 
 
@@ -137,7 +139,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     """Complete or unchanged: written beside and renamed."""
-    options.write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------------------
@@ -168,10 +170,6 @@ def last_good(out: Path) -> str:
 
 def cut_log(out: Path, step: int) -> None:
     """Drops log lines behind a step: those steps will be computed again. Damaged lines (a killed run may leave half a line) go too."""
-    path, kept = out / "log.jsonl", []
-    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
-        with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step:
-                kept.append(row)
-    write_jsonl(path, kept)
+    path = out / "log.jsonl"
+    rows = lenient_jsonl(path)[0] if path.is_file() else []
+    write_jsonl(path, [row for row in rows if type(row.get("step")) is int and row["step"] <= step])

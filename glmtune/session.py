@@ -11,6 +11,7 @@ import torch
 from . import __version__, adapters, families, forward, methods, optimizer, plan, runfolder
 from .data import fill
 from .files import digest as digest_of
+from .files import sync_folder, whole
 from .progress import Screen
 from .run import ADAPTERS
 from .stages import STAGES
@@ -69,12 +70,12 @@ class Session:
             methods.save_full(self.model, work)
             config = json.loads((work / "config.json").read_text(encoding="utf-8"))
             config["dtype"] = "float32"  # of what was trained; the rest may be stored in 16 bits
-            methods.write_text(work / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+            whole(work / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         else:
             methods.save_adapter(self.model, work, method, str(self._base_name()), self.settings["fingerprint"])
         families.save_tokenizer(self.plan.folder, self.plan.template, work)
         reason = methods.prefix.plain_peft(self.model) if self.plan.run.method.kind == "prefix" else None
-        (work / "README.md").write_text(_readme(self.plan, str(self._base_name()), full, reason), encoding="utf-8")
+        whole(work / "README.md", _readme(self.plan, str(self._base_name()), full, reason))
         if final:
             shutil.rmtree(target, ignore_errors=True)
             work.rename(target)
@@ -102,12 +103,10 @@ class Session:
             methods.write_tensors(tensors, work / "optimizer.safetensors")
             shutil.copy(self.out / "run.yaml", work / "run.yaml")
             files = {p.name: digest_of(p) for p in sorted(work.iterdir())}
-            methods.write_text(
-                work / "state.json", json.dumps({**asdict(self.state), "numbers": numbers, "files": files}, indent=1) + "\n"
-            )
-            methods.sync_folder(work)
+            whole(work / "state.json", json.dumps({**asdict(self.state), "numbers": numbers, "files": files}, indent=1) + "\n")
+            sync_folder(work)
             work.rename(folder)
-            methods.sync_folder(folder.parent)
+            sync_folder(folder.parent)
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise

@@ -16,6 +16,7 @@ A stage's columns (records.Column) stand beside them: `column.NAME.bin`, a numbe
 text of all values, with `column.NAME.end.bin` int64, where each sequence's text ends. A value per row stands with the row's first sequence.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -31,6 +32,7 @@ import psutil
 
 from .errors import UserError
 from .files import digest as digest_of
+from .files import naming, whole
 from .records import Column, Example
 
 FORMAT = 1
@@ -190,20 +192,24 @@ class Writer(_Sink):
         for left in folder.parent.glob(f"{folder.name}.part-*"):  # of a process that was killed here
             if not psutil.pid_exists(int(left.name.rpartition("-")[2])):
                 shutil.rmtree(left, ignore_errors=True)
-        self.work.mkdir(parents=True)
-        self.out = {name: open(self.work / f"{name}.bin", "wb") for name in array_types(columns or {})}  # noqa: SIM115
+        self.out: dict[str, Any] = {}
+        with naming(folder, self.work):
+            self.work.mkdir(parents=True)
+            self.out = {name: open(self.work / f"{name}.bin", "wb") for name in array_types(columns or {})}  # noqa: SIM115
         super().__init__(columns)
 
     def write(self, name: str, data: bytes) -> None:
-        self.out[name].write(data)
+        with naming(self.folder, self.work):
+            self.out[name].write(data)
 
     def done(self, about: dict[str, Any]) -> "Store":
         """Completes the store; `about` is kept in its index. Where another process was faster, that one's is used."""
-        for file in self.out.values():
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-        (self.work / "index.json").write_text(json.dumps(self.index(about), ensure_ascii=False), encoding="utf-8")
+        with naming(self.folder, self.work):
+            for file in self.out.values():
+                file.flush()
+                os.fsync(file.fileno())
+                file.close()
+            whole(self.work / "index.json", json.dumps(self.index(about), ensure_ascii=False))
         try:
             self.work.rename(self.folder)
         except OSError:
@@ -219,7 +225,8 @@ class Writer(_Sink):
 
     def drop(self) -> None:
         for file in self.out.values():
-            file.close()
+            with contextlib.suppress(OSError):  # it tries once more to write what is left
+                file.close()
         shutil.rmtree(self.work, ignore_errors=True)
 
 

@@ -1,10 +1,9 @@
 """`glmtune train`: from a run's options to its finished folder. Loads torch only when the run is known to be right."""
 
-import errno
 import os
 from pathlib import Path
 
-from . import estimate, families, options, plan, runfolder, settings
+from . import estimate, families, files, options, plan, runfolder, settings
 from .errors import UserError
 from .progress import Report, Screen
 from .run import Resolved, Run
@@ -58,9 +57,8 @@ def train(run: Run, *, resume: bool = False, screen: Screen | None = None) -> Re
                 options.write(run.model_copy(update={"resolved": chosen}), out / "run.yaml", runfolder.header())
             return Loop(session).run(resume)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in files.DISK:
                 raise UserError(
-                    f"no room left on the disk of {out}; {runfolder.last_good(out)}. Free some room, then: "
-                    f"glmtune train {out / 'run.yaml'} --resume"
+                    f"{files.told(error, out)}; {runfolder.last_good(out)}. Then: glmtune train {out / 'run.yaml'} --resume"
                 ) from None
             raise

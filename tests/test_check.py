@@ -546,13 +546,13 @@ def test_no_row_is_kept() -> None:
 
 def test_a_file_that_changes_while_it_is_cleaned_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("a.jsonl").write_text("\n".join(map(json.dumps, rows(3))))
-    real = check.write_whole
+    real = check.whole
 
     def late(path: Path, texts: Any) -> None:
         Path("a.jsonl").write_text("\n".join(map(json.dumps, rows(4))))
         real(path, texts)
 
-    monkeypatch.setattr(check, "write_whole", late)
+    monkeypatch.setattr(check, "whole", late)
     with pytest.raises(UserError, match="a.jsonl was changed while it was read; nothing was written"):
         check.fix(["a.jsonl"], "out.jsonl")
     assert [path.name for path in Path().iterdir()] == ["a.jsonl"]

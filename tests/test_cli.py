@@ -787,19 +787,21 @@ def test_ctrl_c_says_how_to_go_on(interrupted):
 
 @pytest.mark.parametrize("name", ["finished.json", "run.yaml"])
 def test_killed_while_a_small_file_was_written_can_still_be_resumed(glmtune, tiny_model, rows, tmp_path, monkeypatch, name):
-    """The process ends in the middle of writing it, under its own or a temporary name; --resume with the same settings goes on."""
+    """The process ends in the middle of writing it, under its temporary name; --resume with the same settings goes on."""
     given = [f"model={tiny_model}", f"data={rows}", f"out={tmp_path / 'a'}", *QUICK]
-    whole = Path.write_text
+    part, replace = tmp_path / "a" / f".{name}.part", Path.replace
 
-    def half(path: Path, text: str, **more: Any) -> int:
-        if not path.name.startswith(name) or path.parent != tmp_path / "a":
-            return whole(path, text, **more)
-        whole(path, text[: len(text) // 2], **more)
-        raise KeyboardInterrupt
+    def killed(path: Path, target: Path) -> Path:
+        if path == part:
+            raise KeyboardInterrupt
+        return replace(path, target)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_text", half)
+        patched.setattr(Path, "replace", killed)
         glmtune("train", *given)
+    assert not (tmp_path / "a" / name).exists() and not part.exists()
+    part.parent.mkdir(exist_ok=True)  # it is empty without run.yaml, and goes
+    part.write_text("half of")  # as a process that is killed leaves it
     ended = glmtune("train", *given, "--resume")
     assert ended.code == 0 and "Traceback" not in ended.err
 

@@ -6,10 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import glmtune
 from glmtune import cli, families, training
 from glmtune.errors import UserError
 from glmtune.files import digest
@@ -207,3 +209,66 @@ def test_what_a_run_builds_on_is_recorded_too(projects, monkeypatch, option):
     shutil.copytree("other", "one")
     with pytest.raises(UserError, match="changed since"):
         go("stopped", option, "optim.steps=3", "seed=3", resume=True)
+
+
+# --- dtype and device -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        *[(name, torch.float32) for name in ("fp32", "float32", "torch.float32", "float", torch.float32)],
+        *[(name, torch.bfloat16) for name in ("bf16", "bfloat16", "torch.bfloat16", torch.bfloat16)],
+        *[(name, torch.float16) for name in ("fp16", "float16", "half", "torch.float16", torch.float16)],
+    ],
+)
+def test_dtypes_by_every_usual_name(tiny_model, given, wanted):
+    assert families.as_dtype(given) is wanted
+    assert families.load_model(tiny_model, dtype=given, device="cpu").dtype is wanted
+
+
+@pytest.mark.parametrize(
+    "given", ["float23", "int8", "fp8", "double", "FP32 ", "", "cpu", None, 32, [], {}, torch.int64, torch.float64, float]
+)
+def test_no_other_dtype_gets_as_far_as_a_forward(tiny_model, given):
+    for opened in (lambda: families.load_model(tiny_model, dtype=given), lambda: glmtune.load(tiny_model, dtype=given)):
+        with pytest.raises(UserError, match="wanted auto, bf16, fp16 or fp32"):
+            opened()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "cuda:9",
+        "cuda:99999",
+        "mps",
+        "mps:2",
+        "xpu",
+        "npu:0",
+        "cpu:1",
+        "cuda:-1",
+        "cuda:x",
+        "gpu",
+        "",
+        "meta",
+        0,
+        None,
+        [],
+        torch.device("xpu"),
+    ],
+)
+def test_no_device_that_is_not_there_gets_as_far_as_a_forward(tiny_model, given):
+    with pytest.raises(UserError, match="^device: ") as refusal:
+        glmtune.load(tiny_model, device=given)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("given", ["fp64", "float23", ""])
+def test_export_refuses_other_dtypes_before_it_loads(tiny_model, tmp_path, capsys, given):
+    told = refused(["export", str(tiny_model), "--to", str(tmp_path / "to"), "--dtype", given], capsys)
+    assert "wanted auto, bf16, fp16 or fp32" in told and not (tmp_path / "to").exists()
+
+
+@pytest.mark.parametrize("given", ["float32", "half"])
+def test_export_takes_torchs_names(tiny_model, tmp_path, given):
+    assert cli.app(["export", str(tiny_model), "--to", str(tmp_path / "to"), "--dtype", given], standalone_mode=False) in (0, None)

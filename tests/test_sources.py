@@ -771,3 +771,20 @@ def test_subfolders_that_are_left_out_are_told_before_training(tmp_path):
         (tmp_path / name).write_text('{"instruction": "q", "output": "a"}\n')
     notes = data.load([Source(path=str(tmp_path / "rows"))]).notes
     assert [note for note in notes if "subfolders are left out (more/b.jsonl" in note]
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [("loop.jsonl", "leads in a circle"), ("other.jsonl", "leads in a circle"), ("gone/a.jsonl", "leads to 'gone/a.jsonl'")],
+)
+@pytest.mark.parametrize("given", ["loop.jsonl", ".", "l*.jsonl"])
+def test_a_link_that_leads_nowhere_is_told(tmp_path, monkeypatch, target, said, given):
+    from glmtune.reading import DataError, find_files
+
+    monkeypatch.chdir(tmp_path)
+    Path("loop.jsonl").symlink_to(target)
+    if target == "other.jsonl":
+        Path("other.jsonl").symlink_to("loop.jsonl")
+    Path("a.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match=f"is a link that {said}"):
+        find_files(given)

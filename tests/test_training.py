@@ -425,3 +425,43 @@ def test_the_adapter_holds_every_trainable_tensor(tiny_model, rows_file, tmp_pat
     tensors = load_file(tmp_path / "a" / "adapter" / "adapter_model.safetensors")
     assert len(tensors) == 2 * 2 * 2 and all(t.dtype == torch.float32 and 3 in t.shape for t in tensors.values())
     assert any(t.abs().max() > 0 for n, t in tensors.items() if "lora_B" in n)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\xff",
+        b"null",
+        b"5",
+        b"[]",
+        b"{}",
+        b'{"step": null}',
+        b'{"step": "2"}',
+        b'{"step": true}',
+        b"\x00\x00",
+        b'{"step": 1',
+        b"[" * 5000,
+        b'"\xe4\xbd',
+    ],
+)
+@pytest.mark.parametrize("where", ["first", "last", "no newline"])
+def test_a_damaged_line_of_the_log_goes(tmp_path, line, where):
+    """On resume and in the report, as half a line does: it is only a log."""
+    from glmtune import report
+
+    good = [{"step": number, "loss": 1.0} for number in (1, 2, 3)]
+    lines = [json.dumps(row).encode() for row in good]
+    lines = [line, *lines] if where == "first" else [*lines, line]
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join(lines) + (b"" if where == "no newline" else b"\n"))
+    report.write(tmp_path)
+    runfolder.cut_log(tmp_path, 2)
+    assert log(tmp_path) == good[:2]
+
+
+@pytest.mark.parametrize("name", ["step-²", "step-", "step--1", "step-٣", "step-1.5", "step-9" * 20, "step-x"])
+def test_other_folders_among_the_checkpoints_are_passed_over(tiny_model, rows_file, tmp_path, name):
+    go(tiny_model, rows_file, tmp_path / "a", "optim.steps=2", "save.every_steps=1")
+    (tmp_path / "a" / "finished.json").unlink()
+    (tmp_path / "a" / "checkpoints" / name[:200]).mkdir()
+    go(tiny_model, rows_file, tmp_path / "a", "optim.steps=2", "save.every_steps=1", resume=True)
+    assert (tmp_path / "a" / "checkpoints" / name[:200]).is_dir()

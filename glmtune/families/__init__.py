@@ -17,7 +17,7 @@ from .. import run
 from ..autoload import OURS, register
 from ..chat import Form, Template, Tokens, choose, published_vocabulary, read_object, readable
 from ..errors import UserError, did_you_mean
-from ..options import write_whole
+from ..files import whole
 from . import baichuan, chatglm, internlm, llama, smollm2, weights
 from .family import Family, Vocabulary, about_generation, computed, same_names
 from .fingerprint import fingerprint, trained_on
@@ -394,7 +394,7 @@ def _vocabulary(folder: Path, build: Callable[[Path], Vocabulary]) -> Vocabulary
         made = build(folder)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(kept, json.dumps({"json": made.json, "config": made.config}, ensure_ascii=False))
+        whole(kept, json.dumps({"json": made.json, "config": made.config}, ensure_ascii=False))
     except OSError:
         pass  # a cache that cannot be written costs seconds next time, nothing else
     return made
@@ -449,9 +449,9 @@ def save_tokenizer(base: Path, template: Template, folder: Path) -> None:
     what is served; and in generation_config.json the tokens at which an answer ends."""
     tokens = template.tokens
     config = {key: value for key, value in tokens.config.items() if key not in ("chat_template", "auto_map")}
-    (folder / "tokenizer.json").write_text(tokens.json, encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(template.jinja, encoding="utf-8")
+    whole(folder / "tokenizer.json", tokens.json)
+    whole(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    whole(folder / "chat_template.jinja", template.jinja)
     settings = about_generation(base)
     published = family_of(base).settings if (base / "config.json").is_file() else {}
     if published and not settings:
@@ -459,7 +459,7 @@ def save_tokenizer(base: Path, template: Template, folder: Path) -> None:
     if template.stop_ids:
         settings["eos_token_id"] = template.stop_ids
     settings.setdefault("pad_token_id", tokens.pad_id)
-    (folder / "generation_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    whole(folder / "generation_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
 def load_tokenizer(folder: str | Path) -> tuple[Any, Template]:
@@ -504,19 +504,22 @@ def hf_tokenizer(folder: Path, template: Template) -> Any:
 # --- loading ------------------------------------------------------------------------------------------------------------
 
 
-def pick_device(wanted: str = "auto") -> Any:
-    """A torch device. `auto`: the first CUDA card, else Apple's GPU, else the CPU. Raises UserError for one that is not there."""
+def pick_device(wanted: Any = "auto") -> Any:
+    """A torch device, by its name or itself. `auto`: the first CUDA card, else Apple's GPU, else the CPU. Raises UserError for one that is not
+    there."""
     import torch
 
-    if wanted == "auto":
+    if isinstance(wanted, str) and wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        device = torch.device(wanted)
+        device = torch.device(wanted) if isinstance(wanted, str | torch.device) else None
     except RuntimeError:
-        raise UserError(
-            f"device: '{wanted}' is not a device; wanted auto, cpu, cuda, cuda:1 or mps{did_you_mean(wanted, ['auto', 'cpu', 'cuda', 'mps'])}"
-        ) from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps") or (device.type != "cuda" and device.index):
+        near = did_you_mean(str(wanted)[:40], ["auto", "cpu", "cuda", "mps"])
+        raise UserError(f"device: '{str(wanted)[:40]}' is not a device; wanted auto, cpu, cuda, cuda:1 or mps{near}")
+    # str: torch keeps eight bits of an index, so that its cuda:256 is cuda:0.
+    if device.type == "cuda" and (str(device) != str(wanted) or not 0 <= (device.index or 0) < torch.cuda.device_count()):
         raise UserError(
             f"device: '{wanted}' is not there ({torch.cuda.device_count()} CUDA cards are visible); `glmtune doctor` says why"
         )
@@ -540,11 +543,23 @@ def pick_precision(wanted: str, device: Any) -> str:
     return wanted if wanted != "auto" else "bf16" if fast_bf16(device) else "fp32"
 
 
+DTYPES = {
+    "bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16", "float16": "float16", "half": "float16", "fp32": "float32",
+    "float32": "float32", "float": "float32",
+}  # fmt: skip
+
+
 def as_dtype(dtype: Any) -> Any:
-    """The torch dtype behind "bf16", "fp16" and "fp32"; anything else as it is."""
+    """A torch dtype: by our names (bf16, fp16, fp32), torch's ("bfloat16", "torch.float16", "half" ...), or itself; "auto" stays. Raises
+    UserError for anything else."""
     import torch
 
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(dtype, dtype)
+    if isinstance(dtype, str) and dtype == "auto":
+        return dtype
+    if isinstance(dtype, str | torch.dtype) and (name := DTYPES.get(str(dtype).removeprefix("torch."))):
+        return getattr(torch, name)
+    near = did_you_mean(dtype, DTYPES) if isinstance(dtype, str) else ""
+    raise UserError(f"dtype: {str(dtype)[:40]!r} is none that a model can be used in; wanted auto, bf16, fp16 or fp32{near}")
 
 
 def quant_kind(folder: Path, wanted: str | None) -> str | None:
@@ -578,10 +593,11 @@ def load_model(path: str | Path, *, dtype: Any = "auto", device: Any = "auto", q
     while they are read; None: nothing is packed, and what was published packed is unpacked.
     Raises UserError: no such folder, no native class, missing, extra or misshapen tensors (all of them listed), as `quant_kind` does.
     """
+    import torch
 
-    folder = resolve(str(path))
     dtype = as_dtype(dtype)
-    device = pick_device(device) if isinstance(device, str) else device
+    folder = resolve(str(path))
+    device = torch.device("meta") if str(device) == "meta" else pick_device(device)
     register()
     dtype = _published_dtype(folder) if dtype == "auto" else dtype
     kind = quant_kind(folder, quant)

@@ -14,8 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..errors import UserError
+from ..files import whole
 from ..hub import cache_root
-from ..options import write_whole
 from . import weights
 
 KEPT_BYTES = 200_000_000  # from this size on, digests are kept in the cache folder: below it hashing takes a fraction of a second
@@ -85,7 +85,7 @@ def _remembered(state: State, items: tuple[weights.Stored, ...]) -> list[list[st
     made = _read(state, items)
     with contextlib.suppress(OSError):  # a full disk costs the time to read the file again
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(kept, json.dumps(made))
+        whole(kept, json.dumps(made))
     return made
 
 
