@@ -608,6 +608,13 @@ class Template:
         """The clock as it is kept with what the template wrote (run option `date`)."""
         return self.now.isoformat() if self.now is not None else None
 
+    def at(self, now: datetime.datetime | None) -> "Template":
+        """The same template with its clock at another time; itself where it reads none."""
+        if not self.dates:
+            return self
+        clock = choose("auto", self.tokens, now=now)
+        return replace(self, parts=clock.parts, render=clock.render, now=clock.now, dates=clock.dates)
+
     def turns(self, conversation: "Conversation | Sequence[Message]") -> tuple[Turn, ...]:
         turns = conversation.turns if isinstance(conversation, Conversation) else tuple(_turn(message) for message in conversation)
         if not turns:

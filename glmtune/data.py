@@ -80,7 +80,7 @@ def stream(
     variables: dict[str, str] | None = None,
     join: str = "\n",
     want: Want = "answers",
-    all_variables: bool = True,
+    elsewhere: Sequence[str] | None = (),
     registry: str | Path | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> "Stream":
@@ -88,10 +88,10 @@ def stream(
 
     want: "answers" every row ends with an answer (training); "prompts" the trailing answer, if any, moves to meta["reference"];
     "text" plain text, records are Documents; "preferences", "labels" as in forms.py. `meta["row"]` is the row as it stands in the
-    file. The system turn comes from the row, else the source, else `system`. `variables` fill `{{name}}` in every text; with
-    `all_variables` each must occur somewhere. registry, say: see `sources.find`; what is Found already is read as it is.
+    file. The system turn comes from the row, else the source, else `system`. `variables` fill `{{name}}` in every text;
+    each must stand in some row or in `elsewhere` (None: it need not). registry, say: see `sources.find`; what is Found already is read as it is.
     """
-    return Stream(find(sources, registry, say), Reading(want, join), system, variables or {}, all_variables)
+    return Stream(find(sources, registry, say), Reading(want, join), system, variables or {}, elsewhere)
 
 
 Recognised = tuple[Item | Broken, Any, int]  # a file's item, its value with the usual names, and which of `forms` it is read as
@@ -149,7 +149,7 @@ class Stream:
     reading: Reading
     system: str | None
     variables: dict[str, str]
-    all_variables: bool
+    elsewhere: Sequence[str] | None
     notes: list[str] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
 
@@ -245,7 +245,8 @@ class Stream:
     def finish(self) -> None:
         """After the last lot: raises UserError for bad rows and for variables that stand nowhere; completes `notes` and `spans`."""
         self._bad.refuse()
-        if self.all_variables:
+        if self.elsewhere is not None:
+            self._marks.add(self.elsewhere)
             self._marks.refuse()
         self.notes = list(chain.from_iterable(self._notes))
         starts = accumulate(self._counts, initial=0)
@@ -555,6 +556,11 @@ _VARIABLE = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 def fill(text: str, variables: dict[str, str]) -> str:
     """`{{name}}` by the run option `variables`, wherever they are filled; names that they do not have stay as they are."""
     return _VARIABLE.sub(lambda match: variables.get(match[1], match[0]), text) if variables and "{{" in text else text
+
+
+def named(texts: Iterable[str], variables: Iterable[str]) -> list[str]:
+    """Those of the variables that stand in the texts."""
+    return sorted(set(variables) & {name for text in texts for name in _VARIABLE.findall(text)})
 
 
 class _Marks:

@@ -149,7 +149,7 @@ def _texts(place: families.Place, template: Template) -> tuple[list[Any], str]:
         if (folder / "run.yaml").is_file():
             with contextlib.suppress(UserError):  # its data may be elsewhere now
                 run = load_run(folder / "run.yaml")
-                flow = data.stream(run.data, system=run.system, variables=run.variables, registry=run.registry, all_variables=False)
+                flow = data.stream(run.data, system=run.system, variables=run.variables, registry=run.registry, elsewhere=None)
                 return [template.encode(row) for _, row in islice(flow, 8)], f"the first rows of {run.data[0].path}"
     prompts = [template.prompt([*system, {"role": "user", "content": question}]) for question in ASKED]
     return [align(ids, [0.0] * len(ids), "") for ids in prompts], "four general questions (no rows of the run are there)"

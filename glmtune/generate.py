@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .chat import Template
-from .errors import UserError
+from .errors import UserError, shown
 from .families import family_of
 from .families.family import about_generation
 
@@ -47,7 +47,7 @@ class Sampling:
         for name, (kind, fits, wanted) in _WANTED.items():
             value = getattr(self, name)
             if not isinstance(value, kind) or isinstance(value, bool) or not fits(value):
-                raise UserError(f"{name} is {repr(value)[:60]}; wanted {wanted}")
+                raise UserError(f"{name} is {shown(value)}; wanted {wanted}")
             object.__setattr__(self, name, float(value) if kind is Real else int(value))
 
 
@@ -73,7 +73,7 @@ def published_settings(folder: Path, say: Callable[[str], None] = lambda text: N
         return {key: value for key, value in published.items() if key in _WANTED}
     draws = found.get("do_sample")
     if not (draws is None or isinstance(draws, bool)):
-        raise UserError(f"{path}: do_sample is {repr(draws)[:60]}; wanted true or false")
+        raise UserError(f"{path}: do_sample is {shown(draws)}; wanted true or false")
     settings: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0} if draws else {}
     used = ("temperature", "top_p", "top_k", "repetition_penalty") if draws else ("repetition_penalty",)
     settings |= {name: found[name] for name in used if found.get(name) is not None}
@@ -142,7 +142,7 @@ def _whole(config: Any, name: str) -> int | None:
     value = getattr(config, name, None)
     if value is None or (type(value) is int and value >= 0):
         return value
-    raise UserError(f"config.json: {name} is {repr(value)[:60]}; wanted a whole number, or null; copy the file again")
+    raise UserError(f"config.json: {name} is {shown(value)}; wanted a whole number, or null; copy the file again")
 
 
 def _cache(config: Any) -> Any:

@@ -293,7 +293,7 @@ def tree_of(path: Path, text: str | None = None) -> dict[str, Any]:
         if form == "JSON":
             tree = json.loads(path.read_text(encoding="utf-8") if text is None else text, object_pairs_hook=_once)
         else:
-            tree = options.read(path) if text is None else _plain(text)
+            tree = options.read(path) if text is None else options.plain_value(text)
     except UserError as error:
         raise UserError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
     except (ValueError, RecursionError) as error:  # of YAML: a date that is none
@@ -369,7 +369,7 @@ def _v1(tree: dict[str, Any], folder: Path, cards: int | None, shown: str, comma
     for key, value in tree.items():
         name = str(key).replace("-", "_")
         if name in V1_GROUPS and isinstance(value, str) and value.lstrip().startswith("{"):
-            value = _plain(value)
+            value = options.plain_value(value)
         if name in V1_GROUPS and isinstance(value, dict):
             given |= {f"{name}.{inner}": one for inner, one in value.items()}
         else:
@@ -614,7 +614,9 @@ def _of_command(path: Path, run: _Training, script: _Script) -> Old:
     pairs: dict[str, Any] = {}
     if file is not None:
         changes = [word for word in rest[1:] if re.match(r"[\w.]+=", word)]
-        pairs = _beside_file(path, file, documents) | {word.partition("=")[0]: _plain(word.partition("=")[2]) for word in changes}
+        pairs = _beside_file(path, file, documents) | {
+            word.partition("=")[0]: options.plain_value(word.partition("=")[2]) for word in changes
+        }
         rest = [word for word in rest[1:] if word not in changes]
     given = {**pairs, **_arguments(rest, told)}
     if program in SCRIPTS:
@@ -652,14 +654,6 @@ def _chatglm_tuning(path: Path, program: str, given: dict[str, Any], cards: int 
         old.given["adapter_name_or_path"] = old.given.pop("resume_from_checkpoint")
         old.called["adapter_name_or_path"] = old.called.pop("resume_from_checkpoint")
     return old
-
-
-def _plain(text: str) -> Any:
-    """A value of a command line as YAML; what is none is judged where it is used, as it stands."""
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return text
 
 
 def _beside_file(path: Path, name: str, documents: dict[str, str]) -> dict[str, Any]:

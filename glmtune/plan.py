@@ -88,7 +88,7 @@ def make(
     if run.eval.data:
         with _blamed("eval.data"):
             held, place = _found(run, run.eval.data, say)
-            dev_rows = replace(wanted_rows, sources=held, all_variables=False, stored=place, rows="dev rows")
+            dev_rows = replace(wanted_rows, sources=held, elsewhere=None, stored=place, rows="dev rows")
             other = tokenised(dev_rows, say=say, progress=progress)
         dev = Chosen.rows_of(other, STAGES[run.stage.kind].whole)
         notes += [f"dev: {note}" for note in [*other.about["notes"], *_said(other)]]
@@ -269,7 +269,8 @@ def wanted(run: Run, say: Callable[[str], None], base: Path | None = None) -> tu
     rotary = any(key.startswith(("rope", "position_encoding")) for key in families.config_of(folder))
     limits = Limits(run.max_length, run.too_long, None if rotary else families.reads_at_most(folder))
     join = run.join if run.join is not None else JOIN.get(str(run.template), "\n")
-    return folder, Wanted(found, run.stage.kind, template, limits, run.system, run.variables, join, stored=place)
+    elsewhere = [text for probe in run.samples or () for text in [*(probe.contains or ()), probe.system or ""]]
+    return folder, Wanted(found, run.stage.kind, template, limits, run.system, run.variables, join, elsewhere, stored=place)
 
 
 def _found(run: Run, given: Sequence[Source], say: Callable[[str], None]) -> tuple[list[sources.Found], Path | None]:
@@ -337,7 +338,7 @@ def _questions(
     if run.samples is None:
         if STAGES[run.stage.kind].want != "answers":
             return []
-        first = islice(data.stream(found, want="answers", all_variables=False, **reading), 3)
+        first = islice(data.stream(found, want="answers", elsewhere=None, **reading), 3)
         usual = [_question("training data", row, template, None, None) for _, row in first]
         return [question for question in usual if reads is None or len(question.ids) < reads]
     made = []
@@ -345,7 +346,7 @@ def _questions(
         source = Source(path=probe.path, format=probe.format, columns=probe.columns)
         system = probe.system if probe.system is not None else reading["system"]
         with _blamed(f"samples.{number}"):
-            asked = data.load([source], want="prompts", all_variables=False, **{**reading, "system": system})
+            asked = data.load([source], want="prompts", elsewhere=None, **{**reading, "system": system})
         contains = [data.fill(text, run.variables) for text in probe.contains] if probe.contains else None
         name = probe.name or Path(probe.path).stem
         made += [_question(name, row, template, contains, probe.wanted if contains else None) for row in asked.rows]

@@ -8,10 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .chat import Template
 from .errors import UserError
 from .files import whole
 from .generate import Sampling, answer, reads_at_most
 from .loaded import Loaded
+from .run import moment
 
 FORMAT = 2  # of OUT.part; to be raised when the same model and settings come to answer otherwise
 
@@ -34,22 +36,24 @@ def predict(
         raise UserError(f"{out} exists already and is never overwritten; choose another --out, or remove it")
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.absolute().parent}")
-    prompts = [loaded.template.prompt(row) for row in rows]
+    part = out.with_name(out.name + ".part")
+    first, items = _lines(part)
+    template = _template(loaded.template, first, say)
+    prompts = [template.prompt(row) for row in rows]
     limit = reads_at_most(loaded.model)
     for row, prompt in zip(rows, prompts):
         if "prediction" in row.meta["row"]:
             raise UserError(f"{row.where}: the row has a key 'prediction' already, which would be lost; rename it")
         if limit is not None and len(prompt) >= limit:
             raise UserError(f"{row.where}: the question has {len(prompt)} tokens; this model reads {limit} at most")
-    part = out.with_name(out.name + ".part")
-    header = _origin(loaded, prompts, sampling)
-    made = _kept(part, header, len(prompts), say)
+    header = _origin(loaded.model, template, prompts, sampling)
+    made = _kept(part, first, items, header, len(prompts), say)
     done(len(made))
     # Written anew, so that what is added does not continue half a line.
     whole(part, "".join(_line(item) for item in [header, *(_row(i, text) for i, text in made.items())]))
     todo = set(range(len(prompts))) - made.keys()
     with open(part, "a", encoding="utf-8") as file:
-        for i, text in answer(loaded.model, loaded.template, prompts, sampling, batch_size, done, todo):
+        for i, text in answer(loaded.model, template, prompts, sampling, batch_size, done, todo):
             made[i] = text
             file.write(_line(_row(i, text)))
             file.flush()
@@ -72,15 +76,30 @@ def _row(number: int, text: str) -> dict[str, Any]:
 # --- what the answers follow from ---------------------------------------------------------------------------------------------
 
 
-def _origin(loaded: Loaded, prompts: list[list[int]], sampling: Sampling) -> dict[str, Any]:
+def _template(template: Template, first: dict[str, Any], say: Callable[[str], None]) -> Template:
+    """The template whose clock, where it writes one into prompts, says what it said when OUT.part was begun."""
+    began = first.get("date")
+    if not template.dates or not isinstance(began, str) or began == template.date:
+        return template
+    try:
+        found = template.at(moment(began))
+    except ValueError:
+        return template  # a damaged first line is told later
+    if found.dates != template.dates:
+        say(f"the interrupted call wrote {', '.join(found.dates)} into its prompts; this one goes on with that date")
+    return found
+
+
+def _origin(model: Any, template: Template, prompts: list[list[int]], sampling: Sampling) -> dict[str, Any]:
     """The first line of OUT.part: all that the answers follow from. (The size of a batch changes their last bits only, and memory may ask
     for another one.)"""
-    template, drawn = loaded.template, asdict(sampling)
+    drawn = asdict(sampling)
     if sampling.temperature == 0:
         drawn = {name: drawn[name] for name in ("temperature", "max_new_tokens", "repetition_penalty")}
     return {
         "format": FORMAT,
-        "model": fingerprint(loaded.model),
+        "model": fingerprint(model),
+        "date": template.date,
         "questions": _digest(repr((prompts, template.stop_ids, template.jinja, template.tokens.json)).encode("utf-8", "replace")),
         "sampling": drawn,
     }
@@ -135,12 +154,19 @@ def _digest(data: Any, *more: str) -> str:
 # --- what an interrupted call left --------------------------------------------------------------------------------------------
 
 
-def _kept(part: Path, header: dict[str, Any], count: int, say: Callable[[str], None]) -> dict[int, str]:
-    """Answers of an interrupted call for the same header; lines that are not whole are left out, and their rows answered again."""
+def _lines(part: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The first line and the others; {} for each that is no whole object."""
     if not part.is_file():
-        return {}
+        return {}, []
     lines = part.read_bytes().removesuffix(b"\n").split(b"\n")  # a text may hold other marks of a line's end, but never this one
     first, *items = map(_object, lines)
+    return first, items
+
+
+def _kept(
+    part: Path, first: dict[str, Any], items: list[dict[str, Any]], header: dict[str, Any], count: int, say: Callable[[str], None]
+) -> dict[int, str]:
+    """Answers of an interrupted call for the same header; lines that are not whole are left out, and their rows answered again."""
     answers = [(item["row"], item["prediction"]) for item in items if _is_answer(item)]
     if not answers:
         return {}  # nothing is lost, whoever began it

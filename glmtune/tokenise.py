@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -43,7 +43,7 @@ class Wanted:
     system: str | None = None
     variables: dict[str, str] | None = None
     join: str = "\n"
-    all_variables: bool = True
+    elsewhere: Sequence[str] | None = ()  # as of data.stream
     rows: str = "rows"  # what messages call them
     stored: Path | None = None  # instead of sources: a folder that was tokenised before
 
@@ -72,6 +72,7 @@ class Wanted:
             template.dates,
         ]
         how = [self.stage, asdict(self.limits), self.system, self.variables, self.join]
+        how += data.named(self.elsewhere or (), self.variables or ())  # where they need not stand in a row
         return store.key([__version__, _program(), reading, written, how])
 
 
@@ -153,7 +154,7 @@ def date_of(folder: Path) -> str | None:
 def _make(wanted: Wanted, key: str, place: Path, kept: bool, say: Callable[[str], None], workers: int, progress: Progress) -> Store:
     tally, stream = Tally(), data.stream(
         wanted.sources, system=wanted.system, variables=wanted.variables, join=wanted.join, want=STAGES[wanted.stage].want,
-        all_variables=wanted.all_variables,
+        elsewhere=wanted.elsewhere,
     )  # fmt: skip
     waiting: list[Block] = []
     writer: Writer | None = None

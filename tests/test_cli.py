@@ -1097,8 +1097,14 @@ def test_variables_are_filled_in_all_texts_of_a_run(tiny_model, tmp_path, monkey
         "variables={name: Nova, town: Bonn}",
     ]
     probe = f"samples=[{{path: {rows}, contains: ['{{{{ name }}}}', '{{{{town}}}} {{{{ other }}}}'], system: '{{{{ name }}}}!'}}]"
-    with pytest.raises(UserError, match="'town' fills {{town}}, which stands in no row"):
-        plan.make(load_run(None, [*given, probe]))
+    with pytest.raises(UserError, match="'tone' fills {{tone}}, which stands in no row"):
+        plan.make(load_run(None, [*given[:-1], "variables={name: Nova, tone: kind}", probe]))
+    assert plan.make(load_run(None, [*given, probe])).questions[0].contains == [
+        "Nova",
+        "Bonn {{ other }}",
+    ]  # town stands there alone
+    with pytest.raises(UserError, match="'town' fills {{town}}, which stands in no row"):  # also where the tokens are cached
+        plan.make(load_run(None, given))
     run = load_run(None, [*given[:-1], "variables={name: Nova}", probe, *QUICK[:3]])
     made = plan.make(run)
     question = made.questions[0]

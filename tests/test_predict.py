@@ -1,8 +1,10 @@
 """A file of answers: stopped and continued it is the straight one bit for bit, and answers of something else are never taken over."""
 
+import datetime
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,20 @@ def test_another_batch_size_continues(loaded, tmp_path):
 
 
 # --- whose answers they are ---------------------------------------------------------------------------------------------------
+
+
+def test_a_prediction_goes_on_with_the_date_it_began_with(tmp_path):
+    """The model's template writes the date into prompts; the next day the same call ends with the bytes of the first day."""
+    dated = "{{ strftime_now('%d %b %Y') }}" + tiny.CHATML
+    begun = glmtune.load(tiny.llama(tmp_path / "m", dated), dtype=torch.float32)
+    asked = rows(questions(tmp_path))
+    days = [replace(begun, template=begun.template.at(datetime.datetime(2026, 3, day, 9))) for day in (1, 2)]
+    wanted, other = (straight(one, asked, tmp_path, GREEDY) for one in days)
+    assert wanted != other  # so that the date tells
+    stopped(days[0], asked, tmp_path / "out.jsonl", GREEDY, 2)
+    said = []
+    predict(days[1], asked, tmp_path / "out.jsonl", GREEDY, 3, say=said.append)
+    assert (tmp_path / "out.jsonl").read_bytes() == wanted and "01 Mar 2026" in said[0]
 
 
 def refuses(loaded: Loaded, asked: list[Any], out: Path, sampling: Sampling, word: str) -> None:
