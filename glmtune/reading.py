@@ -200,14 +200,20 @@ def _starts_with_object(window: Window, start: int) -> bool:
 
 
 def _is_a_line_among_objects(window: Window, start: int) -> bool:
-    """Whether the list that the file begins with is one damaged row of JSON Lines: it has no object in it, and one follows."""
-    end = window.text.find("\n", start)
-    try:
-        value = json.loads(window.text[start:end]) if end > 0 else None
-    except (ValueError, RecursionError):
-        return False
-    after = window.skip(max(end, 0))
-    return isinstance(value, list) and not any(isinstance(one, dict) for one in value) and window.text.startswith("{", after)
+    """Whether the list that the file begins with is one damaged row of JSON Lines: it and the lines after it (1000 are looked at) have no
+    object in them, until a line begins with one."""
+    for _ in range(1000):
+        end = window.text.find("\n", start)
+        try:
+            value = json.loads(window.text[start:end]) if end > 0 else None
+        except (ValueError, RecursionError):
+            return False
+        if end < 0 or (isinstance(value, list) and any(isinstance(one, dict) for one in value)):
+            return False
+        start = window.skip(end)
+        if window.text.startswith("{", start):
+            return True
+    return False
 
 
 def _item(window: Window, line: int, value: Any, start: int, end: int) -> Item | Broken:

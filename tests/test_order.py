@@ -405,3 +405,14 @@ def test_a_row_that_ends_with_a_call_and_says_nothing_is_good() -> None:
     v1 = {"role": "assistant", "content": [{"type": "tool_call", "value": '{"name": "find", "arguments": {}}'}]}
     for last in (call, {**call, "content": None}, v1):
         assert check.check([write([{"messages": [*talk(1, "user"), last]}])])["problems"] == []
+
+
+@pytest.mark.parametrize(
+    "before", [["[]"], ["[]", "[]"], ["[1, 2]", "5", "[]"], ["[[]]", "null", '"a"', "[]"], ["[]"] * 50], ids=len
+)
+def test_lines_that_are_no_rows_before_the_first_row_are_told_one_by_one(before: list[str]) -> None:
+    Path("rows.jsonl").write_text(
+        "".join(f"{line}\n" for line in [*before, json.dumps(GOOD["alpaca"](1)), json.dumps(GOOD["alpaca"](2))])
+    )
+    problems = [one for one in check.check(["rows.jsonl"])["problems"] if one["level"] == "error"]
+    assert [one["line"] for one in problems] == list(range(1, len(before) + 1))
