@@ -263,8 +263,10 @@ def _records(path: Path) -> dict[int, int] | None:
             for info, end in zip(listed, ends):
                 file.seek(info.header_offset)
                 local = struct.unpack("<4s2xHH16xHH", file.read(30))
-                name = file.read(local[3])
-                start = file.tell() + local[4]
+                name, extra = file.read(local[3]), file.read(local[4])
+                start = file.tell()
+                if not _whole_fields(extra):  # a wrong length of it would move all that follows
+                    raise ValueError("the extra field of a record is not as long as it says")
                 if local[:3] != (b"PK\3\4", info.flag_bits, 0) or name.decode() != info.orig_filename or info.compress_type:
                     raise ValueError("its records are not as it lists them")
                 if start + info.file_size > end:
@@ -280,6 +282,14 @@ def _records(path: Path) -> dict[int, int] | None:
             f"{path} is cut short or damaged ({why}); copy or download it again, or take the model's *.safetensors"
         ) from None
     return found
+
+
+def _whole_fields(extra: bytes) -> bool:
+    """Whether a zip record's extra field is a sequence of whole fields (APPNOTE.TXT 4.5.1: id u16, length u16, content)."""
+    at = 0
+    while at + 4 <= len(extra):
+        at += 4 + int.from_bytes(extra[at + 2 : at + 4], "little")
+    return at == len(extra)
 
 
 def unpickle(path: Path) -> dict[str, Any]:
