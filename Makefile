@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup quickstart test test-all check bench clean
+.PHONY: setup quickstart test test-slow test-all check bench clean
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -21,6 +21,12 @@ quickstart: setup
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+# As many slow tests as fit into BUDGET seconds, each day in another order; what is left out is no failure. `timeout` ends what hangs.
+BUDGET ?= 1200
+test-slow: setup
+	timeout --preserve-status --foreground -s INT -k 60 $$(($(BUDGET) + 300)) \
+		$(BIN)/python -m pytest -n 2 --dist loadfile -m slow --budget $(BUDGET)
 
 test-all: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile

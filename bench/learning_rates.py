@@ -1,18 +1,17 @@
 """Short runs of each method at several learning rates: the same rows in the same order, then the loss of held-out rows.
 
-    python bench/learning_rates.py TRAIN TEST [--rows 96] [--dev 40] [--batch 4] [--only prefix freeze] [--save learning_rates.txt]
+    python bench/learning_rates.py TRAIN TEST [--rows 96] [--dev 40] [--batch 4] [--only prefix freeze] [--save NAME] [--small]
 
 The schedule is the usual one (cosine after a short rise), all else the methods' defaults.
 """
 
-import argparse
 import json
-import sys
+import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+import _common as common
+
 RATES = {
     "lora": (5e-5, 2e-4, 8e-4, 2e-3),
     "prefix": (1e-3, 1e-2, 3e-2, 1e-1),
@@ -23,32 +22,30 @@ LAST = 4  # steps whose mean training loss is shown
 
 
 def main() -> None:
-    from glmtune import plan
-    from glmtune.run import load_run
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("train")
-    parser.add_argument("test")
-    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser = common.parser(__doc__)
+    parser.add_argument("train", nargs="?")
+    parser.add_argument("test", nargs="?")
+    parser.add_argument("--model", default=common.MODEL)
     parser.add_argument("--rows", type=int, default=96)
     parser.add_argument("--dev", type=int, default=40)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--only", nargs="+", choices=RATES, default=list(RATES))
-    parser.add_argument("--save", default=None, help="name of a result file in bench/results/")
-    options = parser.parse_args()
-    lines: list[str] = []
+    options = common.parse(parser)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.small:
+            options.model, options.train = common.tiny_inputs(Path(folder))
+            options.test, options.rows, options.dev = options.train, 8, 4
+        elif not options.test:
+            parser.error("name two files of rows, to train on and to test on, or --small")
+        sweep(options)
 
-    def say(line: str) -> None:
-        print(line, flush=True)
-        lines.append(line)
-        if options.save:  # after each run, so that an interrupted sweep leaves what it has
-            (ROOT / "bench" / "results" / options.save).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-    def source(file: str, rows: int) -> str:
-        return json.dumps([{"path": file, "max_samples": rows, "columns": {"prompt": "question", "response": "answer"}}])
+def sweep(options) -> None:
+    from glmtune import plan
+    from glmtune.run import load_run
 
-    files = f"{Path(options.train).name} {Path(options.test).name}"
-    say(f"$ python bench/learning_rates.py {files} --rows {options.rows} --dev {options.dev} --batch {options.batch}")
+    say = common.saying(options)
+    say(common.told(options.train, options.test, rows=options.rows, dev=options.dev, batch=options.batch))
     first = True
     for method in options.only:
         for rate in RATES[method]:
@@ -68,20 +65,28 @@ def main() -> None:
             say(f"{method:8} {rate:7.0e} {last:8.4f} {held_out:9.4f} {time.monotonic() - began:8.0f}")
 
 
+def source(file: str, rows: int) -> str:
+    return json.dumps([{"path": file, "max_samples": rows}])
+
+
 def trained(made) -> tuple[list[float], float]:
     """Training losses by step, and the held-out loss after the last; inf where training diverged."""
-    from glmtune import training
+    from glmtune import settings as decided
     from glmtune.errors import UserError
+    from glmtune.loop import Loop
+    from glmtune.progress import Screen
+    from glmtune.session import Session
 
-    settings = training.resolve(made)
-    session = training._Training(made, settings, Path("(none)"), training.Screen())
+    settings = decided.resolve(made)
+    loop = Loop(Session(made, settings, Path("(none)"), Screen()))
     losses: list[float] = []
     try:
         for step in range(settings["steps"]):
-            losses.append(session._step(step, settings["steps"])["loss"])
+            losses.append(loop.step(step, settings["steps"])["loss"])
     except UserError:  # the loss is no finite number any more
         return [*losses, float("inf")], float("inf")
-    return losses, session._evaluate()
+    return losses, loop.evaluate()["eval_loss"]
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -36,7 +36,10 @@ def main() -> None:
     if given.measure is not None:
         print(measured(given.measure, given.tokens, given.precision))
         return
-    lines = [f"$ python bench/reference.py --tokens {given.tokens} --precision {given.precision}", f"{'':20} peak MB  over the base"]
+    lines = [
+        f"$ python bench/reference.py --tokens {given.tokens} --precision {given.precision}",
+        f"{'':20} peak MB  over the base",
+    ]
     base = 0.0
     for name in METHODS:
         command = [sys.executable, __file__, "--tokens", str(given.tokens), "--precision", given.precision, "--measure", name]

@@ -1,50 +1,58 @@
 """Time to the same held-out loss: glmtune against transformers' Trainer with PEFT, LoRA on the CPU, side by side.
 
-    python bench/sft_cpu.py [FILE] [--columns prompt=question,response=answer] [--rows 240] [--dev 60] [--epochs 1]
+    python bench/sft_cpu.py [FILE] [--rows 240] [--dev 60] [--epochs 1] [--precision fp32] [--save NAME] [--small]
 
 Two processes, one per side, take turns step by step (one sleeps while the other computes), so that a busy machine slows both.
-Same model, LoRA rank, starting weights, rows in the same order, learned tokens, learning rates and clipping. The peer runs at the best
-settings that were found for it: bf16 weights under bf16 autocast, 4 rows x 4 micro-batches, the rows of a step grouped by length,
-fused AdamW. Held-out loss is computed in fp32 by the same code for both. Writes bench/results/ when --save is given.
+Same model, LoRA rank, starting weights, rows in the same order, learned tokens and clipping. The learning rate of each step is computed
+here and sent to both sides with their turn: transformers' own warm-up starts at 0, ours does not. The peer runs at the best settings that
+were found for it: bf16 weights under bf16 autocast, 4 rows x 4 micro-batches, the rows of a step grouped by length, fused AdamW.
+Held-out loss is computed in fp32 by the same code for both.
 
 Prints the ratio of training time to the same held-out loss (compilation and first steps included), of tokens per second, of CPU time,
-both peaks of memory, and both loss curves.
+both peaks of memory, both loss curves and their largest difference. In fp32 both sides compute the same function, so their curves must lie
+on each other (within TOLERANCE): if they do not, the comparison is not one of speed, and the script fails.
 """
 
 import argparse
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+import _common as common
+
 BATCH = 16
+WARMUP = 0.06  # share of the steps, then linear decay
+TOLERANCE = 1e-3  # of held-out losses, both sides in fp32
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", nargs="?", default=str(ROOT.parent / "shared" / "data" / "alpaca_en.json"))
-    parser.add_argument("--columns", default=None)
-    parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--rows", type=int, default=240)
+    parser = common.parser(__doc__)
+    parser.add_argument("file", nargs="?", default=str(common.ROOT.parent / "shared" / "data" / "alpaca_en.json"))
+    parser.add_argument("--model", default=common.MODEL)
+    parser.add_argument("--rows", type=int, default=240, help=f"a multiple of {BATCH}")
     parser.add_argument("--dev", type=int, default=60)
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of both sides")
     parser.add_argument("--every", type=int, default=3, help="held-out loss every n steps")
-    parser.add_argument("--save", default=None, help="name of a result file in bench/results/")
-    parser.add_argument("--side", choices=("glmtune", "peer"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.side:
-        {"glmtune": ours, "peer": peer}[options.side](options)
-    else:
+    options = common.parse(parser)
+    if options.part:
+        {"glmtune": ours, "peer": peer}[options.part](options)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        options.folder = folder
+        if options.small:
+            options.model, options.file = common.tiny_inputs(Path(folder), 2 * BATCH + 8)
+            options.rows, options.dev, options.epochs, options.every, options.precision = 2 * BATCH, 8, 3, 1, "fp32"
+        if not Path(options.file).is_file():
+            sys.exit(f"{options.file} is not there; name a file of rows")
         compare(options)
 
 
@@ -52,54 +60,66 @@ def main() -> None:
 
 
 def prepare(options: argparse.Namespace):
-    """The run, its plan (rows in tokens), and the dev examples; the same in every process."""
+    """The run's plan: rows in tokens, those for training and held-out ones; and its settings. The same in every process."""
     from glmtune import plan
+    from glmtune import settings as decided
     from glmtune.run import load_run
+    from glmtune.store import Chosen
 
-    columns = dict(pair.split("=") for pair in options.columns.split(",")) if options.columns else None
-    source = {"path": options.file, "max_samples": options.rows + options.dev, "columns": columns}
+    source = {"path": options.file, "max_samples": options.rows + options.dev}
     settings = [
         f"model={options.model}", f"data={json.dumps([source])}", "out=(none)", "samples=[]", "too_long=cut-answer", f"max_length={options.max_length}",
-        f"optim.lr={options.lr}", f"optim.batch_size={BATCH}", f"optim.epochs={options.epochs}", f"method.rank={options.rank}",
-        f"method.alpha={2 * options.rank}", "optim.schedule=linear", "optim.warmup=0.06", "report_to=[]",
+        f"optim.batch_size={BATCH}", f"optim.epochs={options.epochs}", f"method.rank={options.rank}", f"method.alpha={2 * options.rank}",
+        "optim.schedule=constant", "optim.warmup=0", f"precision={options.precision}", "device=cpu", "report_to=[]",
     ]  # fmt: skip
     made = plan.make(load_run(None, settings))
-    made.dev, made.examples = made.examples[-options.dev :], made.examples[: -options.dev]
-    return made
+    store, index = made.examples.store, made.examples.index
+    made.examples, made.dev = Chosen(store, index[: -options.dev]), Chosen(store, index[-options.dev :])
+    if len(made.examples) % BATCH:
+        sys.exit(f"{len(made.examples)} rows to train on; wanted a multiple of {BATCH}, so that both sides see the same steps")
+    return made, decided.resolve(made)
 
 
 def say(**fields) -> None:
-    sys.__stdout__.write(json.dumps(fields) + "\n")
-    sys.__stdout__.flush()
+    print(json.dumps(fields), file=sys.__stdout__, flush=True)
 
 
-def wait_turn() -> None:
-    if not sys.stdin.readline():
+def wait_turn() -> float:
+    """Sleeps until it is this side's turn; the learning rate of its step."""
+    line = sys.stdin.readline()
+    if not line:
         os._exit(0)
+    return float(line)
 
 
 def usage() -> dict:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return {"cpu": used.ru_utime + used.ru_stime, "peak_gb": used.ru_maxrss * 1024 / 1e9}
+    return {"cpu": common.cpu_seconds(), "peak_gb": common.peak_gb()}
 
 
 def ours(options: argparse.Namespace) -> None:
-    from glmtune import methods, training
+    from glmtune import methods
+    from glmtune.loop import Loop
+    from glmtune.progress import Screen
+    from glmtune.session import Session
 
-    made = prepare(options)
-    settings = training.resolve(made)
-    session = training._Training(made, settings, Path("(none)"), training.Screen())
-    folder = Path(os.environ["BENCH_FOLDER"])
-    methods.write_tensors(methods.adapter_tensors(session.model), folder / "start.safetensors")
-    say(steps=settings["steps"], precision=settings["precision"], path=session.forward.path, compile=session.forward.compile)
+    made, settings = prepare(options)
+    loop = Loop(Session(made, settings, Path("(none)"), Screen()))
+    folder = Path(options.folder)
+    methods.write_tensors(methods.adapter_tensors(loop.session.model), folder / "start.safetensors")
+    say(
+        steps=settings["steps"],
+        precision=settings["precision"],
+        path=loop.session.forward.path,
+        compile=loop.session.forward.compile,
+    )
     for step in range(settings["steps"]):
-        wait_turn()
+        loop.session.settings["lr"] = wait_turn()  # the schedule is constant, so this is the rate of the step
         began = time.monotonic()
-        row = session._step(step, settings["steps"])
+        row = loop.step(step, settings["steps"])
         seconds = time.monotonic() - began
         if (step + 1) % options.every == 0 or step + 1 == settings["steps"]:
-            methods.write_tensors(methods.adapter_tensors(session.model), folder / f"glmtune-{step + 1}.safetensors")
-        say(seconds=seconds, loss=row["loss"], tokens=row["tokens"], learned=row["learned_tokens"], **usage())
+            methods.write_tensors(methods.adapter_tensors(loop.session.model), folder / f"glmtune-{step + 1}.safetensors")
+        say(seconds=seconds, lr=row["lr"], tokens=row["tokens"], learned=row["learned_tokens"], **usage())
 
 
 def peer(options: argparse.Namespace) -> None:
@@ -108,17 +128,16 @@ def peer(options: argparse.Namespace) -> None:
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-    from glmtune import batch, families, training
+    from glmtune import batch
 
-    made = prepare(options)
-    folder = Path(os.environ["BENCH_FOLDER"])
-    steps = training.resolve(made)["steps"]
-    bf16 = families.fast_bf16(torch.device("cpu"))
+    made, settings = prepare(options)
+    folder, steps, bf16 = Path(options.folder), settings["steps"], settings["precision"] == "bf16"
     model = AutoModelForCausalLM.from_pretrained(made.folder, dtype=torch.bfloat16 if bf16 else torch.float32)
-    targets = sorted({name.split(".")[-1] for name in made.targets})
+    targets = sorted({name.split(".")[-1] for name in made.method.targets})
     model = get_peft_model(
         model, LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=targets, task_type="CAUSAL_LM")
     )
+    wait_turn()  # until the other side has written its start
     start = load_file(folder / "start.safetensors")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -127,8 +146,9 @@ def peer(options: argparse.Namespace) -> None:
     order = []
     for step in range(steps):  # the rows of a step, grouped by length into its micro-batches
         rows = batch.rows_of_step(step, len(made.examples), BATCH, made.run.seed)
-        order += sorted(rows, key=lambda row: -len(made.examples[row].ids))
-    data = [{"input_ids": made.examples[row].ids, "labels": made.examples[row].labels} for row in order]
+        order += sorted(rows, key=lambda row: -made.lengths[row])
+    examples = [made.examples[row] for row in order]
+    data = [{"input_ids": example.ids, "labels": example.labels} for example in examples]
     pad = made.template.tokens.pad_id
 
     def collate(rows):
@@ -142,11 +162,16 @@ def peer(options: argparse.Namespace) -> None:
             return torch.utils.data.SequentialSampler(data)
 
     class Turns(TrainerCallback):
-        began = 0.0
+        began = rate = used = 0.0
 
-        def on_step_begin(self, *args, **kwargs):
-            wait_turn()
+        def on_step_begin(self, *args, optimizer, **kwargs):
+            self.rate = wait_turn()
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate
             self.began = time.monotonic()
+
+        def on_optimizer_step(self, *args, optimizer, **kwargs):
+            (self.used,) = {group["lr"] for group in optimizer.param_groups}
 
         def on_step_end(self, arguments, state, control, **kwargs):
             seconds, step = time.monotonic() - self.began, state.global_step
@@ -155,85 +180,101 @@ def peer(options: argparse.Namespace) -> None:
                     n.replace(".default", ""): p.detach().float().clone() for n, p in model.named_parameters() if p.requires_grad
                 }
                 save_file(tensors, folder / f"peer-{step}.safetensors")
-            rows = order[(step - 1) * BATCH : step * BATCH]
-            tokens, learned = (sum(f(made.examples[r]) for r in rows) for f in (lambda e: len(e.ids), lambda e: e.num_learned))
-            say(seconds=seconds, loss=None, tokens=tokens, learned=learned, **usage())
+            seen = examples[(step - 1) * BATCH : step * BATCH]
+            tokens, learned = sum(len(e.ids) for e in seen), sum(e.num_learned for e in seen)
+            say(seconds=seconds, lr=self.used, tokens=tokens, learned=learned, **usage())
 
     arguments = TrainingArguments(
         str(folder / "peer"), per_device_train_batch_size=4, gradient_accumulation_steps=BATCH // 4, max_steps=steps, learning_rate=options.lr,
-        lr_scheduler_type="linear", warmup_steps=round(0.06 * steps), weight_decay=0.0, max_grad_norm=1.0, optim="adamw_torch_fused", bf16=bf16,
+        lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0, optim="adamw_torch_fused", bf16=bf16,
         use_cpu=True, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, remove_unused_columns=False,
     )  # fmt: skip
     sys.stdout = sys.stderr
     trainer = Ordered(model=model, args=arguments, train_dataset=data, data_collator=collate, callbacks=[Turns()])
-    say(steps=steps, precision="bf16" if bf16 else "fp32", path="Trainer + PEFT", compile=False)
+    say(steps=steps, precision=settings["precision"], path="Trainer + PEFT", compile=False)
     trainer.train()
 
 
 # --- the comparison -------------------------------------------------------------------------------------------------------------
 
 
+class Side:
+    """The process of one side, as the comparison talks to it."""
+
+    def __init__(self, options: argparse.Namespace, name: str):
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        self.name, self.log = name, []
+        self.process = subprocess.Popen(
+            common.command(options, name), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def send(self, rate: float) -> None:
+        print(rate, file=self.process.stdin, flush=True)
+
+    def receive(self) -> dict:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else sys.exit(f"{self.name} ended early, exit {self.process.wait()}")
+
+    def end(self) -> None:
+        self.process.communicate()
+
+
 def compare(options: argparse.Namespace) -> None:
-    if not Path(options.file).is_file():
-        sys.exit(f"{options.file} is not there; name a file of rows")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        environment = {**os.environ, "BENCH_FOLDER": name, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-        sides = {}
-        for side in ("glmtune", "peer"):  # ours first: it writes the starting weights
-            command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-            sides[side] = (process, json.loads(process.stdout.readline()))
-            print(f"{side}: {sides[side][1]}")
-        steps = sides["glmtune"][1]["steps"]
-        logs = {side: [] for side in sides}
+    from glmtune.settings import learning_rate
+
+    ours, peer = Side(options, "glmtune"), Side(options, "peer")
+    try:
+        about = ours.receive()  # by now it has written its starting weights
+        peer.send(0.0)
+        print(f"glmtune: {about}\npeer: {peer.receive()}")
+        steps = about["steps"]
         for step in range(steps):
-            for side in ("glmtune", "peer") if step % 2 else ("peer", "glmtune"):
-                process = sides[side][0]
-                process.stdin.write("go\n")
-                process.stdin.flush()
-                logs[side].append(json.loads(process.stdout.readline()))
-            a, b = logs["glmtune"][-1], logs["peer"][-1]
-            assert (a["tokens"], a["learned"]) == (b["tokens"], b["learned"])
+            rate = learning_rate(step, steps, options.lr, "linear", WARMUP)
+            for side in (ours, peer) if step % 2 else (peer, ours):
+                side.send(rate)
+                side.log.append(side.receive())
+            a, b = ours.log[-1], peer.log[-1]
+            assert (a["tokens"], a["learned"], a["lr"]) == (b["tokens"], b["learned"], b["lr"]), (step, a, b)
+            assert a["lr"] == rate, (step, a["lr"], rate)
             print(
                 f"step {step + 1}/{steps}: {a['seconds']:.2f} s against {b['seconds']:.2f} s for {a['tokens']} tokens", flush=True
             )
-        for process, _ in sides.values():
-            process.stdin.close()
-            process.wait()
-        held_out = {side: losses(options, folder, side) for side in sides}
-    report(options, logs, held_out)
+    finally:
+        ours.end()
+        peer.end()
+    logs = {side.name: side.log for side in (ours, peer)}
+    report(options, about["precision"], logs, held_out(options, list(logs)))
 
 
-def losses(options: argparse.Namespace, folder: Path, side: str) -> dict[int, float]:
-    """Held-out loss in fp32 of every adapter a side wrote."""
+def held_out(options: argparse.Namespace, sides: list[str]) -> dict[str, dict[int, float]]:
+    """Held-out loss in fp32 of every adapter the sides wrote, by step."""
     import torch
     from safetensors.torch import load_file
 
-    from glmtune import batch, families, methods
-    from glmtune.forward import Forward
+    from glmtune import methods
+    from glmtune.loop import Loop
+    from glmtune.progress import Screen
+    from glmtune.session import Session
 
-    made = prepare(options)
-    model = families.load_model(made.folder, dtype=torch.float32)
-    methods.prepare(model, torch.float32)
-    methods.attach(model, made.run.method, 0)
-    forward = Forward(model, "fused")
-    found = {}
-    for path in sorted(folder.glob(f"{side}-*.safetensors"), key=lambda p: int(p.stem.split("-")[1])):
+    made, settings = prepare(options)
+    loop = Loop(Session(made, settings | {"precision": "fp32", "compile": False}, Path("(none)"), Screen()))
+
+    def loss(path: Path) -> float:
         tensors = load_file(path)
         with torch.no_grad():
-            for name, parameter in methods.trainable(model).items():
+            for name, parameter in loop.session.parameters.items():
                 parameter.copy_(tensors[f"{methods.PREFIX}{name}.weight"])
-            total = weight = 0.0
-            for part in batch.cut([len(e.ids) for e in made.dev], 2048, padded=False):
-                micro = batch.collate([made.dev[i] for i in part], part, made.template.tokens.pad_id, True)
-                total, weight = total + float(forward.nll(micro)), weight + float(micro.weights.sum())
-        found[int(path.stem.split("-")[1])] = total / weight
-    return found
+        return loop.evaluate()["eval_loss"]
+
+    found = {
+        side: {int(path.stem.split("-")[1]): path for path in Path(options.folder).glob(f"{side}-*.safetensors")} for side in sides
+    }
+    return {side: {step: loss(paths[step]) for step in sorted(paths)} for side, paths in found.items()}
 
 
-def time_to(loss: float, log: list[dict], curve: dict[int, float]) -> float | None:
-    """Training seconds until the held-out curve first reaches `loss`, linear between its points; None if it never does."""
+def time_to(loss: float, log: list[dict], curve: dict[int, float]) -> float:
+    """Training seconds until the held-out curve first reaches `loss`, linear between its points."""
     clock, elapsed = {0: 0.0}, 0.0
     for step, row in enumerate(log, 1):
         elapsed += row["seconds"]
@@ -245,33 +286,40 @@ def time_to(loss: float, log: list[dict], curve: dict[int, float]) -> float | No
             share = (before[1] - loss) / (before[1] - value) if math.isfinite(before[1]) and before[1] > value else 1.0
             return start + share * (clock[step] - start)
         before = (step, value)
-    return None
+    return math.nan
 
 
-def report(options: argparse.Namespace, logs: dict, held_out: dict) -> None:
-    goal = max(min(curve.values()) for curve in held_out.values())  # the best loss that both sides reach
-    reached = {side: time_to(goal, logs[side], held_out[side]) for side in logs}
+def report(options: argparse.Namespace, precision: str, logs: dict, curves: dict) -> None:
+    goal = max(min(curve.values()) for curve in curves.values())  # the best loss that both sides reach
+    reached = {side: time_to(goal, logs[side], curves[side]) for side in logs}
     total = {side: sum(row["seconds"] for row in log) for side, log in logs.items()}
     tokens = sum(row["tokens"] for row in logs["glmtune"])
     cpu = {side: log[-1]["cpu"] - log[0]["cpu"] for side, log in logs.items()}
     steady = {side: sum(row["seconds"] for row in log[2:]) or math.nan for side, log in logs.items()}
     peak = {side: log[-1]["peak_gb"] for side, log in logs.items()}
-    lines = [
-        f"{Path(options.file).name}: {len(logs['glmtune'])} steps of {BATCH} rows, {tokens} tokens, LoRA rank {options.rank}, lr {options.lr}",
+    apart = max(abs(curves["glmtune"][step] - curves["peer"][step]) for step in curves["glmtune"])
+    say = common.saying(options)
+    say(common.told(options.file, rows=options.rows, dev=options.dev, epochs=options.epochs, precision=precision))
+    say(
+        f"{len(logs['glmtune'])} steps of {BATCH} rows, {tokens} tokens, LoRA rank {options.rank}, {precision}, lr {options.lr} with linear warm-up "
+        f"{WARMUP} and decay, the same of every step on both sides"
+    )
+    say(
         f"held-out loss {goal:.4f} reached after {reached['glmtune']:.1f} s (glmtune) and {reached['peer']:.1f} s (Trainer + PEFT): "
-        f"ratio {reached['peer'] / reached['glmtune']:.2f}",
+        f"ratio {reached['peer'] / reached['glmtune']:.2f}"
+    )
+    say(
         f"useful tokens/s over all steps: {tokens / total['glmtune']:.0f} and {tokens / total['peer']:.0f}: ratio {total['peer'] / total['glmtune']:.2f}; "
-        f"without the first two steps {steady['peer'] / steady['glmtune']:.2f}; CPU time {cpu['peer'] / cpu['glmtune']:.2f}",
-        f"peak memory {peak['glmtune']:.2f} GB and {peak['peer']:.2f} GB",
+        f"without the first two steps {steady['peer'] / steady['glmtune']:.2f}; CPU time {cpu['peer'] / cpu['glmtune']:.2f}"
+    )
+    say(f"peak memory {peak['glmtune']:.2f} GB and {peak['peer']:.2f} GB")
+    say(
         "held-out loss by step (glmtune, Trainer + PEFT): "
-        + "  ".join(f"{step}: {held_out['glmtune'][step]:.4f} {held_out['peer'][step]:.4f}" for step in held_out["glmtune"]),
-    ]
-    print("\n".join(lines))
-    if options.save:
-        (ROOT / "bench" / "results").mkdir(exist_ok=True)
-        (ROOT / "bench" / "results" / options.save).write_text(
-            "\n".join(["$ python bench/sft_cpu.py " + " ".join(sys.argv[1:]), *lines]) + "\n"
-        )
+        + "  ".join(f"{step}: {curves['glmtune'][step]:.4f} {curves['peer'][step]:.4f}" for step in curves["glmtune"])
+    )
+    say(f"largest difference of the two curves: {apart:.2g}" + (f" (at most {TOLERANCE:g} in fp32)" if precision == "fp32" else ""))
+    if precision == "fp32" and not apart <= TOLERANCE:
+        sys.exit("the two sides do not compute the same training, so their times cannot be compared")
 
 
 if __name__ == "__main__":

@@ -1,53 +1,55 @@
 """Where the time of a short run goes: 8 rows on a tiny model, from command to adapter.
 
-    python bench/startup.py [--runs 3]
+    python bench/startup.py [--runs 3] [--save NAME] [--small]
 
 Runs the real command as a process, then the same run once more in this process with a clock around each part.
 """
 
-import argparse
 import functools
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import _common as common
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--runs", type=int, default=3)
-    options = parser.parse_args()
+    options = common.parse(parser)
+    if options.part:  # in a process of its own, so that this one has loaded nothing when its clock starts
+        common.tiny_inputs(Path(options.folder), 8)
+        print("{}")
+        return
+    if options.small:
+        options.runs = 1
+    say = common.saying(options)
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        make = f"from tests import tiny; from pathlib import Path; w = Path({str(work)!r}); tiny.llama(w / 'model'); tiny.write_rows(w / 'rows.jsonl', tiny.rows(8))"
-        subprocess.run([sys.executable, "-c", make], cwd=Path(__file__).parents[1], check=True, capture_output=True)
+        work, program = Path(folder), [sys.executable, "-m", "glmtune"]
+        options.folder = folder
+        common.child(options, "make")
         times, lines = [], 0
         for i in range(options.runs):
             began = time.monotonic()
-            command = [
-                sys.executable,
-                "-m",
-                "glmtune",
-                "train",
-                f"model={work / 'model'}",
-                f"data={work / 'rows.jsonl'}",
-                f"out={work / f'run{i}'}",
-            ]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            out = common.run([*program, "train", *inputs(work), f"out={work / f'run{i}'}"])
             times.append(time.monotonic() - began)
-            lines = len(done.stdout.splitlines())
-        print(f"whole command, {options.runs} runs: min {min(times):.2f} s, max {max(times):.2f} s; {lines} lines of output")
+            lines = len(out.splitlines())
+        say(common.told(runs=options.runs))
+        say(f"whole command, {options.runs} runs: min {min(times):.2f} s, max {max(times):.2f} s; {lines} lines of output")
         began = time.monotonic()
-        done = subprocess.run([sys.executable, "-m", "glmtune", "--help"], check=True, capture_output=True)
-        print(f"glmtune --help: {time.monotonic() - began:.2f} s")
-        print("parts, in one process:")
-        parts(work)
+        common.run([*program, "--help"])
+        say(f"glmtune --help: {time.monotonic() - began:.2f} s")
+        say("parts, in one process:")
+        parts(work, say)
 
 
-def parts(work: Path) -> None:
+def inputs(work: Path) -> list[str]:
+    return [f"model={work / 'model'}", f"data={work / 'rows.jsonl'}"]
+
+
+def parts(work: Path, say: Callable[[str], None]) -> None:
     spent: dict[str, float] = {}
 
     def clock(name: str, function):
@@ -62,7 +64,7 @@ def parts(work: Path) -> None:
         return timed
 
     began = time.monotonic()
-    from glmtune import families, plan, report, training
+    from glmtune import families, loop, plan, probes, progress, report, session, training
     from glmtune.run import load_run
 
     spent["import glmtune (light)"] = time.monotonic() - began
@@ -75,17 +77,17 @@ def parts(work: Path) -> None:
         spent[name] = time.monotonic() - step
     plan.make = clock("read, check and encode rows", plan.make)
     families.load_model = clock("load the model", families.load_model)
-    training._Training._ask = clock("answers before and after", training._Training._ask)
-    training._Training._step = clock("training steps", training._Training._step)
-    training._Training._save = clock("checkpoints", training._Training._save)
-    training._Training._save_result = clock("saving the adapter (inside checkpoints too)", training._Training._save_result)
-    training._trackers = clock("TensorBoard", lambda *args, inner=training._trackers: list(inner(*args)))
+    probes.ask = clock("answers before and after", probes.ask)
+    loop.Loop.step = clock("training steps", loop.Loop.step)
+    session.Session.save = clock("checkpoints", session.Session.save)
+    session.Session.save_result = clock("saving the adapter (inside checkpoints too)", session.Session.save_result)
+    progress.trackers = clock("TensorBoard", lambda *args, inner=progress.trackers: list(inner(*args)))
     report.write = clock("report.html and loss.png", report.write)
-    training.train(load_run(None, [f"model={work / 'model'}", f"data={work / 'rows.jsonl'}", f"out={work / 'parts'}"]))
+    training.train(load_run(None, [*inputs(work), f"out={work / 'parts'}"]))
     total = time.monotonic() - began
     for name, seconds in sorted(spent.items(), key=lambda item: -item[1]):
-        print(f"  {seconds:6.2f} s  {name}")
-    print(f"  {total:6.2f} s  all")
+        say(f"  {seconds:6.2f} s  {name}")
+    say(f"  {total:6.2f} s  all")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,8 @@ Everything here works on files and tensors; no model is made. `importing` change
 import json
 import math
 import re
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import __version__, families
+from . import __version__, families, files
 from .errors import UserError, did_you_mean
 from .families import weights
-from .tensors import compare, read_tensors, write_tensors, write_text
+from .tensors import compare, read_tensors, write_tensors
 
 PREFIX = "base_model.model."  # of every tensor in PEFT's files
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_model.bin")  # the last: checkpoints of some trainers
@@ -110,7 +108,7 @@ def open_folder(path: str | Path) -> tuple[Path, dict[str, Any], dict[str, Tenso
     if not config:
         raise UserError(
             f"{folder} holds no adapter_config.json, which names rank, alpha and layers; copy it from where the adapter was trained. "
-            f"(A prefix of the published scripts has none: glmtune import){_there(folder)}"
+            f"(A prefix of the published scripts has none: glmtune import. {file.name} holds {_named(tensors_of(file))})"
         )
     if config.get("peft_type") not in READS:
         raise UserError(
@@ -118,6 +116,17 @@ def open_folder(path: str | Path) -> tuple[Path, dict[str, Any], dict[str, Tenso
             "prefix adapters can be read"
         )
     tensors = tensors_of(file)
+    return folder, config, checked(tensors, file)
+
+
+def digest(path: str | Path) -> str:
+    """Of an adapter's settings and numbers."""
+    folder, file = _find(Path(path).expanduser())
+    return " ".join(files.digest(one) for one in (file, folder / "adapter_config.json") if one.is_file())
+
+
+def checked(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """An adapter's tensors, of any layout. Raises UserError where there are none, and for what are no numbers that can be computed with."""
     if not tensors:
         raise UserError(f"{file} holds no tensors: the program that saved it lost them; take an older checkpoint, or train again")
     for name, tensor in tensors.items():
@@ -127,7 +136,7 @@ def open_folder(path: str | Path) -> tuple[Path, dict[str, Any], dict[str, Tenso
             )
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{file}: {name} holds numbers that are not finite; the training broke down, take an older checkpoint")
-    return folder, config, tensors
+    return tensors
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
@@ -151,6 +160,14 @@ def _find(path: Path) -> tuple[Path, Path]:
             if (folder / name).is_file():
                 return folder, folder / name
     raise UserError(f"{path} is no adapter: it holds none of {', '.join(WEIGHTS)}{_there(path)}")
+
+
+def _named(tensors: dict[str, Tensor]) -> str:
+    return (
+        f"{len(tensors)} tensors: {', '.join(map(str, list(tensors)[:3]))} ..."
+        if len(tensors) > 3
+        else ", ".join(map(str, tensors)) or "nothing"
+    )
 
 
 def _there(folder: Path) -> str:
@@ -210,6 +227,10 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "use_dora": (lambda value: isinstance(value, bool), "true or false"),
 }
 
+# PEFT writes the embeddings and the head by itself where they were resized or are tied to a trained one. Their names in files:
+EMBEDDINGS = ("embed_tokens", "word_embeddings", "tok_embeddings", "lm_head", "output_layer", "output")
+# ... and of a module that was trained whole also these two: a copy of what it became, and what it was.
+_DOUBLE = re.compile(r"(?P<module>.+)\.(?P<of>modules_to_save|original_module)\.(?P<rest>weight|bias)")
 _LORA = re.compile(r"(?P<layer>.+)\.lora_(?P<part>A|B|magnitude_vector)(?:\.(?!weight$)[^.]+)?(?:\.weight)?")
 
 
@@ -222,8 +243,10 @@ def lora(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Ad
     saved = config.get("modules_to_save") or []
     for full, tensor in tensors.items():
         name = full.removeprefix(PREFIX)
-        found = _LORA.fullmatch(name)
-        if found is not None:
+        found, double = _LORA.fullmatch(name), _DOUBLE.fullmatch(name)
+        if double is not None:
+            _check_double(folder, name, tensor, double, tensors)
+        elif found is not None:
             held = parts.setdefault(found["layer"], {})
             if found["part"] in held:
                 raise UserError(f"{folder}: {found['layer']} has two adapters in one file; save one of them by itself")
@@ -232,8 +255,8 @@ def lora(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Ad
             name.startswith("score.") and config.get("task_type") != "SEQ_CLS"
         ):
             made.left_out.append(name)
-        elif any(module.endswith(one) for module in _modules(name) for one in saved):  # as PEFT chooses them, with what is in them
-            made.whole[name] = tensor
+        elif is_embedding(name) or any(module.endswith(one) for module in _modules(name) for one in saved):
+            made.whole[name] = tensor  # chosen as PEFT chooses them, with what is in them
         else:
             raise UserError(
                 f"{folder}: {name} is no LoRA tensor of a linear layer; only A, B, DoRA's lengths and modules_to_save can be read"
@@ -262,6 +285,41 @@ def lora(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Ad
     if not made.layers:
         raise UserError(f"{folder} holds no LoRA tensors (there: {', '.join(list(tensors)[:3])}); it is another kind of checkpoint")
     return made
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a weight is that of a model's embeddings or head: the only ones whose rows are tokens."""
+    return (
+        name.removesuffix(".weight").split(".")[-1] in EMBEDDINGS
+        and name.endswith(".weight")
+        and not any(map(str.isdigit, name.split(".")))
+    )
+
+
+def _check_double(folder: Path, name: str, tensor: Tensor, double: re.Match[str], tensors: dict[str, Tensor]) -> None:
+    """X.modules_to_save.weight must be X.weight once more; which of two counts would be left to chance. X.original_module.weight is what
+    the module was before, which nothing computes with."""
+    full = f"{double['module']}.{double['rest']}"
+    kept = tensors.get(PREFIX + full, tensors.get(full))
+    if kept is None:
+        raise UserError(
+            f"{folder}: {name} is there without {full}, which PEFT reads; save the adapter again with its save_pretrained"
+        )
+    if double["of"] == "modules_to_save" and (kept.shape != tensor.shape or not torch.equal(kept, tensor)):
+        raise UserError(
+            f"{folder}: {full} and {name} are one module and hold different numbers; save the adapter again with PEFT's save_pretrained"
+        )
+
+
+def refuse_resized(adapter: Adapter, rows: dict[str, int]) -> None:
+    """rows: tokens that the embeddings and the head of the model have, by the names in the adapter. Raises UserError where it has others."""
+    for name, tensor in adapter.whole.items():
+        if is_embedding(name) and name in rows and len(tensor) != rows[name]:
+            raise UserError(
+                f"the adapter {adapter.folder} has {len(tensor)} tokens ({name}), this model {rows[name]}: its base was resized before it was "
+                f"trained. Use that one, or resize this one likewise: model.resize_token_embeddings({len(tensor)}), model.save_pretrained(NEW), "
+                "with the adapter's tokenizer beside it"
+            )
 
 
 def _modules(name: str) -> list[str]:
@@ -323,32 +381,11 @@ def _sizes(adapter: Adapter) -> tuple[int, float, dict[str, int], dict[str, floa
 # --- writing ------------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def new_folder(to: str | Path) -> Iterator[Path]:
-    """A folder in the making, which gets its name when all went well. Raises UserError where `to` is taken."""
-    to = Path(to).expanduser().resolve()
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UserError(f"{to} exists already and is never overwritten; choose another --to, or remove it")
-    work = to.with_name(f".{to.name}.part")
-    shutil.rmtree(work, ignore_errors=True)
-    try:
-        work.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"--to {to}: {error.strerror}; choose another folder") from None
-    try:
-        yield work
-        if to.exists():
-            to.rmdir()
-        work.rename(to)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def write(folder: Path, adapter: Adapter, base: str, linear: Iterable[str] = ()) -> None:
+def write(folder: Path, adapter: Adapter, base: str, linear: Iterable[str] = (), fingerprint: str | None = None) -> None:
     """adapter_model.safetensors and adapter_config.json, as PEFT reads them, read back and compared. linear: all linear layers of the model's
-    blocks, so that target_modules can be said by last names; unknown, each layer is named in full."""
+    blocks, so that target_modules can be said by last names; unknown, each layer is named in full. fingerprint: of the base."""
     tensors = lora_tensors(adapter)
-    write_tensors(tensors, folder / "adapter_model.safetensors")
+    write_tensors(tensors, folder / "adapter_model.safetensors", fingerprint)
     compare(tensors, folder / "adapter_model.safetensors")
     rank, alpha, ranks, alphas = _sizes(adapter)
     modules = sorted({name.split(".")[-2] for name in adapter.whole})
@@ -369,7 +406,7 @@ def write(folder: Path, adapter: Adapter, base: str, linear: Iterable[str] = ())
         "use_rslora": adapter.rslora,
         "use_dora": adapter.dora,
     }
-    write_text(folder / "adapter_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    files.whole(folder / "adapter_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def shortest(chosen: Iterable[str], names: Iterable[str]) -> list[str]:

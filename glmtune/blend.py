@@ -18,11 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import families
-from .adapters import Adapter, Layer, listed, new_folder, read, readme, write
+from . import families, files
+from .adapters import Adapter, Layer, listed, read, readme, write
 from .errors import UserError, did_you_mean
 from .importing import base_name, fitted
-from .tensors import write_text
 
 HOWS = ("cat", "svd", "linear", "ties", "dare")
 CARRIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -82,12 +81,14 @@ def mix(
         kept += float(values[: rank or max(ranks)].square().sum())
     _report(how, made, wanted, kept, say)
     name = str(model) if model is not None else str(adapters[0].config.get("base_model_name_or_path") or "BASE")
-    with new_folder(to) as work:
-        write(work, made, name if base is None else base_name(name, base), families.linear_names(base) if base is not None else ())
+    with files.new_folder(to) as work:
+        marks = {families.trained_on(adapter.folder) for adapter in adapters} if base is None else {families.fingerprint(base)}
+        linear = families.linear_names(base) if base is not None else ()
+        write(work, made, name if base is None else base_name(name, base), linear, marks.pop() if len(marks) == 1 else None)
         _carry([adapter.folder for adapter in adapters], work, say)
         about = " + ".join(f"{weight:g} {_named(adapter.folder)}" for weight, adapter in zip(weights, adapters))
         known = base if base is not None else Path(name) if (Path(name) / "config.json").is_file() else None
-        write_text(work / "README.md", readme(name, known, f"Mix of LoRA adapters by {how}: {about}"))
+        files.whole(work / "README.md", readme(name, known, f"Mix of LoRA adapters by {how}: {about}"))
     return Path(to)
 
 
@@ -140,8 +141,12 @@ def _check_same_base(adapters: list[Adapter], say: Callable[[str], None]) -> Non
         if wrong:
             raise UserError(f"{known.folder} and {adapter.folder} were made for different models: {listed(wrong)}")
     bases = list(dict.fromkeys(str(adapter.config.get("base_model_name_or_path")) for adapter in adapters))
-    if len(bases) > 1:
-        say(f"note: the adapters name different bases ({', '.join(bases)}); their layers fit each other, so they are taken for one")
+    marks = {mark for adapter in adapters if (mark := families.trained_on(adapter.folder)) is not None}
+    if len(marks) > 1 or (len(bases) > 1 and not marks):
+        say(
+            f"warning: the adapters were trained on different bases ({', '.join(bases)}), whose layers have the same sizes; if these are not one "
+            "model under several names, the mix computes nothing that was learned"
+        )
 
 
 def _block(name: str) -> str:

@@ -12,6 +12,7 @@ A template is a `Scaffold`: a function from turns to `Part`s. Two kinds exist: a
 template cut into parts by rendering it once with sentinels in place of the texts.
 """
 
+import contextlib
 import datetime
 import json
 import re
@@ -23,9 +24,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from . import tools
+from . import rendering, tools
+from .decoding import Decoding, beginning_of, steps
 from .errors import UserError
 from .records import Conversation, Document, Example, Learn, Piece, Turn, Vocabulary
+from .rendering import jinja_renderer
 from .run import Form
 
 Message = dict[str, Any]
@@ -96,23 +99,16 @@ class Tokens:
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise UserError(f"{folder} holds no tokenizer.json; copy the model's tokenizer files beside its weights")
-        config: dict[str, Any] = {}
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            config |= read_object(folder / name)
-        if (folder / "chat_template.jinja").is_file():
-            config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        template = config.get("chat_template")
-        if isinstance(template, list):  # several named templates
-            config["chat_template"] = next((t["template"] for t in template if t["name"] == "default"), None)
-        try:
-            return cls(path.read_text(encoding="utf-8"), config, _ends(folder))
-        except Exception as error:  # the tokenizers library raises bare Exception
-            raise UserError(f"{path}: cannot be read as a tokenizer ({error}); copy the file again") from None
+        config, ends = about_tokenizer(folder), _ends(folder)
+        with readable(path):
+            return cls(path.read_text(encoding="utf-8"), config, ends)
 
     @classmethod
     def of_vocabulary(cls, folder: Path, vocabulary: Vocabulary) -> "Tokens":
         """From a vocabulary that was built from a folder's published files."""
-        return cls(vocabulary.json, dict(vocabulary.config), _ends(folder), built=True)
+        ends = _ends(folder)
+        with readable(published_vocabulary(folder)):
+            return cls(vocabulary.json, dict(vocabulary.config), ends, built=True)
 
     def _id(self, key: str) -> int | None:
         value = self.config.get(key)
@@ -137,10 +133,27 @@ class Tokens:
 
     def _encode(self, text: str, first: bool) -> list[int]:
         # The batch call leaves out offsets and is a quarter faster even for one text.
-        return (self._raw if first else self._inner).encode_batch_fast([text], add_special_tokens=False)[0].ids
+        try:
+            return (self._raw if first else self._inner).encode_batch_fast([text], add_special_tokens=False)[0].ids
+        except TypeError:
+            half = next(letter for letter in text if "\ud800" <= letter <= "\udfff")
+            raise UserError(f"a text holds U+{ord(half):04X}, half of a surrogate pair, which is not a character") from None
 
     def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
         return self._raw.decode(list(ids), skip_special_tokens=not keep_special)
+
+    def decoding(self) -> Decoding:
+        """`decode` of tokens that come one by one."""
+        return Decoding(self._steps, self._shown, self.decode)
+
+    @cached_property
+    def _steps(self) -> Any:
+        decoder: Any = self._raw.decoder
+        return steps(None if decoder is None else json.loads(decoder.__getstate__()))
+
+    def _shown(self, id: int) -> str | None:
+        name = self._raw.id_to_token(id)
+        return None if name in self.special else name
 
     @cached_property
     def prefix(self) -> list[int]:
@@ -155,7 +168,26 @@ class Tokens:
 
     @cached_property
     def vocab_size(self) -> int:
-        return self._raw.get_vocab_size(with_added_tokens=True)
+        """Rows of embeddings that its tokens need: one more than the largest id."""
+        return 1 + max(self._raw.get_vocab(with_added_tokens=True).values(), default=-1)
+
+
+def published_vocabulary(folder: Path) -> Path:
+    """The file that a vocabulary is built from; the folder where there is none."""
+    return next((path for name in ("tokenizer.model", "ice_text.model") if (path := folder / name).is_file()), folder)
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Whatever reading a tokenizer's file raises, as a UserError with its name. A damaged file can hold anything; the tokenizers library
+    raises bare Exception, and a panic of its Rust code is not even that."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        reason = " ".join(str(error).split())[:150] or type(error).__name__
+        raise UserError(f"{path}: cannot be read as a tokenizer ({reason}); copy the file again") from None
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -164,17 +196,77 @@ def read_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); copy the file again") from None
+        json.dumps(found, ensure_ascii=False).encode()  # halves of surrogate pairs, which no file can be written with
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({str(error)[:150]}); copy the file again") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} holds no JSON object; copy the file again")
     return found
 
 
+NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+
+
+def about_tokenizer(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json over special_tokens_map.json, with chat_template.jinja; empty without them.
+
+    Raises UserError, with the file, for values that are none of a tokenizer.
+    """
+    about: dict[str, Any] = {}
+    for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
+        found = read_object(path)
+        for key, value in found.items():
+            if not _fits(key, value):
+                raise UserError(f"{path}: {key} is {json.dumps(value, ensure_ascii=False)[:80]}; copy the file again")
+        about |= found
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            about["chat_template"] = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is not UTF-8; copy the file again") from None
+    template = about.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        about["chat_template"] = next((made["template"] for made in template if made["name"] == "default"), None)
+    return about
+
+
+def _fits(key: str, value: Any) -> bool:
+    """Whether a value of a tokenizer's settings is of the kind that it is read as."""
+
+    def is_token(value: Any) -> bool:
+        return isinstance(value.get("content") if isinstance(value, dict) else value, str)
+
+    if value is None:
+        return True
+    if key in NAMED:
+        return is_token(value)
+    if key == "chat_template":
+        several = isinstance(value, list) and all(isinstance(made, dict) for made in value)
+        return isinstance(value, str) or (
+            several and all(isinstance(made.get(name), str) for made in value for name in ("name", "template"))
+        )
+    if key == "added_tokens_decoder":
+        return isinstance(value, dict) and all(re.fullmatch(r"\d{1,9}", id) and is_token(token) for id, token in value.items())
+    if key == "end_tokens":
+        return isinstance(value, list) and all(isinstance(name, str) for name in value)
+    if key in ("add_bos_token", "add_eos_token", "prefix_lm", "apart", "clean_up_tokenization_spaces"):
+        return isinstance(value, bool)
+    if key == "num_image_tokens":
+        return type(value) is int
+    return True
+
+
 def _ends(folder: Path) -> set[int]:
     """The end tokens that a model folder's configs name."""
-    found = [read_object(folder / name).get("eos_token_id") for name in ("config.json", "generation_config.json")]
-    return {id for item in found for id in ([item] if isinstance(item, int) else item or ())}
+    ends: set[int] = set()
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        found = read_object(path).get("eos_token_id")
+        listed = found if isinstance(found, list) else [] if found is None else [found]
+        if not all(type(id) is int for id in listed):
+            raise UserError(f"{path}: eos_token_id is {json.dumps(found)[:80]}; wanted a token's number, or a list of them")
+        ends |= set(listed)
+    return ends
 
 
 def _prepends_once(tree: dict[str, Any]) -> bool:
@@ -267,59 +359,6 @@ def form_jinja(form: Form, stop: str, prefix: str, default_system: str | None) -
     )
 
 
-def jinja_environment() -> Any:
-    """Jinja's sandbox with what transformers gives to chat templates."""
-    import jinja2
-    import jinja2.ext
-    import jinja2.nodes
-    import jinja2.sandbox
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators=None, sort_keys: bool = False) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    class Generation(jinja2.ext.Extension):
-        """`{% generation %}` marks what the assistant wrote; for rendering it is transparent."""
-
-        tags = {"generation"}  # noqa: RUF012  (Jinja's own convention)
-
-        def parse(self, parser: Any) -> Any:
-            lineno = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body, lineno=lineno)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, Generation]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment
-
-
-def jinja_renderer(source: str, variables: dict[str, Any]) -> Callable[..., str]:
-    """`render(messages, add_generation_prompt=False)`: a chat template as transformers renders it."""
-    import jinja2
-
-    environment = jinja_environment()
-    try:
-        compiled = environment.from_string(source)
-    except jinja2.TemplateError as error:
-        raise UserError(f"the model's chat template is not valid Jinja ({error}); name one: template=chatml") from None
-
-    def render(messages: list[Message], add_generation_prompt: bool = False) -> str:
-        schemas = next((message["tools"] for message in messages if message.get("tools")), None)
-        try:
-            return compiled.render(messages=messages, tools=schemas, add_generation_prompt=add_generation_prompt, **variables)
-        except (jinja2.TemplateError, TypeError, AttributeError, ValueError) as error:
-            roles = ", ".join(message["role"] for message in messages)
-            raise UserError(f"the model's chat template refuses these turns ({roles}): {error}") from None
-
-    return render
-
-
 def copies_texts(source: str) -> bool:
     """Whether a Jinja template does nothing with a message's content but write it out as it is, or ask whether it is empty. Then what one
     rendering shows of the template holds for all texts, roles and empty texts being the same.
@@ -329,7 +368,7 @@ def copies_texts(source: str) -> bool:
     """
     from jinja2 import nodes
 
-    tree = jinja_environment().parse(source)
+    tree = rendering.Environment().parse(source)
     parents = {child: node for node in _all_nodes(tree) for child in node.iter_child_nodes()}
     lists, texts = {"messages"}, set[str]()  # names of messages, one or several, and of texts
 
@@ -384,9 +423,11 @@ def copies_texts(source: str) -> bool:
             hasattr(kind, str(key)) for kind in (dict, list)
         )  # no method; what else it may name is not there, but for the role
 
-    known = 0
+    known, rounds = 0, 0
     while known != len(lists) + len(texts):  # until no name is new: a variable may be used above the place where it is set
-        known = len(lists) + len(texts)
+        known, rounds = len(lists) + len(texts), rounds + 1
+        if rounds > 20:
+            return False
         for node in _all_nodes(tree):
             name = node.attr if isinstance(node, nodes.Getattr) else node.value if isinstance(node, nodes.Const) else ""
             if name in ("previtem", "nextitem"):  # of `loop`: messages by another way
@@ -537,7 +578,8 @@ def _first_special(text: str, special: list[str]) -> int | None:
 def _uncuttable(why: str) -> UserError:
     return UserError(
         f"the model's chat template cannot be cut into learned and unlearned parts: {why}.\n"
-        "Choose a format yourself: template=chatml, template=plain, or template={user: ..., assistant: ..., stop: ...}"
+        "Choose a format yourself: template=plain, template={user: ..., assistant: ..., stop: ...}, or one whose marks this tokenizer has "
+        "(template=chatml needs <|im_end|>)"
     )
 
 
@@ -557,7 +599,21 @@ class Template:
     default_system: str | None = None
     learn: Learn = "all"
     context: bool = False  # earlier answers are text of the question, without end marks: only the last one can be learned
+    now: datetime.datetime | None = None  # what the format's clock says, in every prompt; None: it reads none
+    dates: tuple[str, ...] = ()  # what it can write of that
     differs: Counter = field(default_factory=Counter)  # rows whose ids differ from the published rendering, by reason
+
+    @property
+    def date(self) -> str | None:
+        """The clock as it is kept with what the template wrote (run option `date`)."""
+        return self.now.isoformat() if self.now is not None else None
+
+    def at(self, now: datetime.datetime | None) -> "Template":
+        """The same template with its clock at another time; itself where it reads none."""
+        if not self.dates:
+            return self
+        clock = choose("auto", self.tokens, now=now)
+        return replace(self, parts=clock.parts, render=clock.render, now=clock.now, dates=clock.dates)
 
     def turns(self, conversation: "Conversation | Sequence[Message]") -> tuple[Turn, ...]:
         turns = conversation.turns if isinstance(conversation, Conversation) else tuple(_turn(message) for message in conversation)
@@ -570,6 +626,10 @@ class Template:
         written = tools.for_template(turns, self._supports)
         if self._supports in ("system", "question") and written != turns:
             self.differs["this chat format has no tools: schemas and calls are written as JSON text, results as a user's turn"] += 1
+        if self._supports == "one call" and any(turn.text and turn.extra.get("tool_calls") for turn in turns):
+            self.differs[
+                "this chat format has no text beside a tool call: the text is a turn of its own, with its own end mark"
+            ] += 1
         return written
 
     @cached_property
@@ -726,17 +786,12 @@ class Template:
 
     def parse(self, ids: Sequence[int]) -> Turn:
         """The assistant turn that generated ids say: everything before the first stop mark."""
-        ids = list(ids)
-        cut = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
-        text = self.tokens.decode(ids[:cut])
-        lead, gap = self._around
-        text = text.removeprefix(lead)
-        return Turn("assistant", text.removesuffix(gap) if cut < len(ids) else text)
+        streamer = self.streamer()
+        return Turn("assistant", "".join([*map(streamer.add, ids), streamer.end()]))
 
-    @property
-    def gap(self) -> str:
-        """Text that the format puts between an answer and its stop mark."""
-        return self._around[1]
+    def streamer(self) -> "Streamer":
+        """`parse` of ids that are still being generated, for one answer."""
+        return Streamer(self.tokens.decoding(), frozenset(self.stop_ids), *self._around)
 
     @cached_property
     def _around(self) -> tuple[str, str]:
@@ -764,6 +819,40 @@ class Template:
         if held:
             made.append((self.tokens.decode([*before, *held], keep_special=True)[skipped:], weights[-1]))
         return made
+
+
+class Streamer:
+    """The one place where generated ids become an answer's text, piece by piece: what `add` gives for each id and `end` after the last one
+    is, joined, the text of `Template.parse`. A piece is given as soon as no later id can change it.
+
+    lead, gap: text that the format puts before an answer (one of them is taken off, where all of it is there) and before its stop mark.
+    """
+
+    def __init__(self, decoding: Decoding, stop_ids: frozenset[int], lead: str, gap: str):
+        self._decoding, self._stop_ids, self._lead, self._gap = decoding, stop_ids, lead, gap
+        self._held = ""  # what may still turn out to be the lead or the gap
+        self.stopped = False  # by a stop mark; ids behind it count for nothing
+
+    def add(self, id: int) -> str:
+        if not self.stopped:
+            self.stopped = id in self._stop_ids
+        return "" if self.stopped else self._certain(self._decoding.add(id))
+
+    def end(self) -> str:
+        """The rest. To be called once, after the last id, whether it was a stop mark or not."""
+        rest = self._certain(self._decoding.end()) + self._held
+        return rest.removesuffix(self._gap) if self.stopped else rest
+
+    def _certain(self, text: str) -> str:
+        text = self._held + text
+        if self._lead:
+            if len(text) < len(self._lead) and self._lead.startswith(text):
+                self._held = text
+                return ""
+            text, self._lead = text.removeprefix(self._lead), ""
+        kept = beginning_of(self._gap, text)
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept]
 
 
 def align(ids: list[int], weights: list[float], where: str = "") -> Example:
@@ -810,8 +899,12 @@ def _same(parts: list[Part], published: str) -> bool:
     )
 
 
-def choose(wanted: "str | Form", tokens: Tokens, learn: Learn = "all") -> Template:
-    """The template that an option names, bound to a tokenizer. Raises UserError when `auto` finds none, or a mark is unknown."""
+def choose(wanted: "str | Form", tokens: Tokens, learn: Learn = "all", now: datetime.datetime | None = None) -> Template:
+    """The template that an option names, bound to a tokenizer. now: what its clock says, where it has one; None: the time it is.
+
+    The clock stands still: a conversation, a data set and a run have one date, also over midnight. Raises UserError when `auto` finds
+    no template, or a mark is unknown.
+    """
     if wanted == "auto":
         if not tokens.chat_template:
             raise UserError(
@@ -819,7 +912,9 @@ def choose(wanted: "str | Form", tokens: Tokens, learn: Learn = "all") -> Templa
                 'or write your own: \'template={user: "Q: {content}\\n", assistant: "A: {content}{stop}\\n"}\''
             )
         variables = {key: tokens.name(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        render = jinja_renderer(tokens.chat_template, variables)
+        now = now or datetime.datetime.now().replace(microsecond=0)
+        render = jinja_renderer(tokens.chat_template, variables, now)
+        dates = tuple(rendering.clock_texts(tokens.chat_template, now))
         turns = (Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d"))
         context = False
         parts = jinja_parts(render, tokens.special, tokens.name("eos_token"))
@@ -833,8 +928,9 @@ def choose(wanted: "str | Form", tokens: Tokens, learn: Learn = "all") -> Templa
             tokens.special[name] for part in trial if part.kind == "stop" for name in tokens.special if part.text.endswith(name)
         }
         return Template(
-            "auto", tokens, parts, tokens.chat_template, sorted({*stops, *tokens.end_ids}), render, learn=learn, context=context
-        )
+            "auto", tokens, parts, tokens.chat_template, sorted({*stops, *tokens.end_ids}), render, learn=learn, context=context,
+            now=now if dates else None, dates=dates,
+        )  # fmt: skip
     name = wanted if isinstance(wanted, str) else "own"
     form = FORMS[wanted] if isinstance(wanted, str) else wanted
     stop = form.stop or tokens.name("eos_token")

@@ -13,7 +13,6 @@ import json
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import chain, islice, zip_longest
@@ -24,12 +23,15 @@ from . import quality, tools
 from .blocks import printable
 from .data import Problem, Rows, problem_of
 from .errors import UserError
-from .forms import Form, Reading, Record, Want, choose_forms, open_file, recognise, shape
+from .files import whole
+from .forms import Form, Reading, Record, Want, choose_forms, is_ranking, open_file, parse_rows, recognise, shape
+from .options import build
 from .reading import Broken, DataError, File, Item, left_out, suffix_of
 from .records import Conversation, Document, Labelled, Preference, Turn
 from .run import Source
 from .sources import Found, find
 
+MOST_WEIGHTS = 256
 Encode = Callable[[Conversation | Document], int]
 
 
@@ -96,24 +98,28 @@ def check(
     too_long: str = "error",
     columns: dict[str, str] | None = None,
     format: str | None = None,
+    registry: str | Path | None = None,
 ) -> dict[str, Any]:
     """{"rows": n, "problems": [{"file", "line", "kind", "level", "message"}], "notes": [...], "lengths": {...}} over all files.
 
+    paths: files, folders, patterns, or names of data sets (registry: the file that names them, as in sources.find).
     dev: files to watch the training with; they are checked too, and their rows that stand in `paths` as well are told.
     encode: conversation or document -> number of tokens; rows longer than `max_length` are then errors, or, where the run's
     `too_long` is another than "error", warnings. Never stops at a problem; raises UserError only for a path that is not there and
     for `columns` or `format` that no file could have.
     """
-    train, watched = (_survey_all(given, columns, format) for given in (paths, dev))
+    train, watched = (_survey_all(given, columns, format, registry) for given in (paths, dev))
     files = train + watched
     lengths = _Lengths(encode, max_length, too_long)
-    near, rows = quality.NearDuplicates(), 0
-    with closing(_Seen()) as seen:
+    near, rows, weights = quality.NearDuplicates(), 0, {0.0, 1.0}
+    with _Seen() as seen:
         for number, file in enumerate(files):
             tally, is_dev = _Tally(file), number >= len(train)
             seen.start(file.name, afresh=number == len(train))
+            weights = {0.0, 1.0} if number == len(train) else weights
             for row in rows_of(file):
                 rows += row.counts
+                _count_weights(row, file.name, weights)
                 _compare_with_earlier(row, file.name, seen, is_dev, learn=bool(watched) and not is_dev)
                 lengths.add(row, file.name)
                 near.add("\n".join(row.texts) if row.records and not _is_told_as_equal(row) else None)
@@ -131,6 +137,15 @@ def check(
     }
 
 
+def _count_weights(row: Row, name: str, weights: set[float]) -> None:
+    """Tells the first row with one weight more than a store of tokens can hold (store.py)."""
+    if len(weights) <= MOST_WEIGHTS:
+        weights.update(weight for record in row.records for weight in _weights(record) or ())
+        if len(weights) > MOST_WEIGHTS:
+            said = f"up to here the rows have more than {MOST_WEIGHTS} different weights, the most that can be kept; round them"
+            row.problems.append(Problem(name, row.item.line, "wrong-type", said))
+
+
 def _plain(problem: Problem) -> dict[str, Any]:
     message = f"column {problem.column}: {problem.message}" if problem.column else problem.message
     told = {"file": printable(problem.file), "line": problem.line, "kind": problem.kind, "level": problem.level}
@@ -140,21 +155,29 @@ def _plain(problem: Problem) -> dict[str, Any]:
 # --- one file -------------------------------------------------------------------------------------------------------------
 
 
-def examine(paths: Sequence[str | Path], columns: dict[str, str] | None = None, format: str | None = None) -> list[Checked]:
+def examine(
+    paths: Sequence[str | Path],
+    columns: dict[str, str] | None = None,
+    format: str | None = None,
+    registry: str | Path | None = None,
+) -> list[Checked]:
     """Every file behind the paths with its rows and what each alone has wrong, for those who hold them."""
-    files = _survey_all(paths, columns, format)
+    files = _survey_all(paths, columns, format, registry)
     for file in files:
         file.rows = list(rows_of(file))
     return files
 
 
-def _survey_all(paths: Sequence[str | Path], columns: dict[str, str] | None, format: str | None) -> list[Checked]:
+def _survey_all(
+    paths: Sequence[str | Path], columns: dict[str, str] | None, format: str | None, registry: str | Path | None
+) -> list[Checked]:
     """Every file behind the paths with how it is to be read, and how far (`max_samples` of its source)."""
     files = []
     for given in map(str, paths):
         if given.endswith((".yaml", ".yml")):  # as plain text all of its lines would be good
             raise UserError(f"{given} is a run file or a registry, no data; name the files, or the data sets, under its `data:`")
-    for source in find([Source(path=str(given), columns=columns, format=format) for given in paths]):
+    given = [build(Source, {"path": str(path), "columns": columns, "format": format}, "FILES") for path in paths]
+    for source in find(given, registry):
         most = left = source.max_samples
         more = left_out(source.path)
         for path, name in source.files:
@@ -174,9 +197,10 @@ def _survey_all(paths: Sequence[str | Path], columns: dict[str, str] | None, for
 
 @dataclass
 class _Kind:
-    """Rows that are alike in all that decides on use and form: the first of them, and how many there are."""
+    """Rows that are alike in all that decides on use and form: the first of them, how many there are, and what they can be read as."""
 
     row: dict[str, Any]
+    uses: frozenset[Want]
     count: int = 0
 
 
@@ -194,12 +218,12 @@ def _survey(checked: Checked) -> int:
                 continue
             first = first or item.line
             if isinstance(value := source.adapt(item.value), dict):
-                kinds.setdefault((shape(value), _label_of(value), *_last_speakers(value)), _Kind(value)).count += 1
+                _add(kinds, value, source.columns)
                 keys |= dict.fromkeys(value) if len(keys) < 10_000 else {}
         if not count:
             raise DataError("empty-file", "the file has no rows")
-        checked.want = _use(list(kinds.values()), source.columns, source.format)
-        reading = Reading(checked.want, format=source.format, columns=source.columns)
+        checked.want = _want_of(checked, kinds)
+        reading = Reading(checked.want, format=source.format, columns=source.columns, header=file.layout == "csv")
         seen = list(kinds.values())
         try:
             chosen = choose_forms([kind.row for kind in seen], reading, [kind.count for kind in seen])
@@ -244,39 +268,92 @@ def _read(checked: Checked) -> Iterator[Row]:
     checked.notes = rows.notes
 
 
+def _add(kinds: dict[Any, _Kind], row: dict[str, Any], columns: dict[str, str] | None, read: bool = False) -> None:
+    """One more row of its kind. read: what it can be read as is found by reading it, not by its keys alone."""
+    answer = row.get((columns or {}).get("response", ""))
+    key = shape(row), type(answer), is_ranking(answer), _label_of(row), *_last_speakers(row)
+    uses: frozenset[Want] | None = frozenset(want for want in _USES if _is_readable(row, want)) if read else None
+    if (key := (*key, uses)) not in kinds:
+        kinds[key] = _Kind(row, frozenset(want for want in _USES if recognise(row, want)) if uses is None else uses)
+    kinds[key].count += 1
+
+
+_USES: tuple[Want, ...] = ("preferences", "labels", "answers", "text", "prompts")
+
+
+def _is_readable(row: dict[str, Any], want: Want) -> bool:
+    form = recognise(row, want)
+    try:
+        return form is not None and bool(parse_rows(row, form, want))
+    except DataError:
+        return False
+
+
+def _want_of(checked: Checked, kinds: dict[Any, _Kind]) -> Want:
+    """What a file is for. Where its rows disagree, only those count that can be read: damaged rows, however many, say nothing."""
+    source = checked.source
+    if len({_use([kind], source.columns, source.format) for kind in kinds.values()}) > 1:
+        readable: dict[Any, _Kind] = {}
+        for item in checked.items(checked.open()):
+            if isinstance(item, Item) and isinstance(value := source.adapt(item.value), dict):
+                _add(readable, value, source.columns, read=True)
+        kinds = readable
+    return _use(list(kinds.values()), source.columns, source.format)
+
+
 def _use(kinds: Sequence[_Kind], columns: dict[str, str] | None, format: str | None) -> Want:
-    """What a file's rows are for: what most of them can be read as, the stage that has keys of its own first."""
+    """What most rows can be read as, the stage that has keys of its own first."""
+
+    def count(test: Callable[[_Kind], bool]) -> int:
+        return sum(kind.count for kind in kinds if test(kind))
+
     if columns is not None:
         if "text" in columns:
             return "text"
-        return "preferences" if {"chosen", "rejected"} & columns.keys() else "labels" if "label" in columns else "answers"
-    if format in ("text", "preference"):
+        answer = columns.get("response", "")
+        rankings, texts = (
+            (count(lambda kind: is_ranking(kind.row.get(answer)))),
+            count(lambda kind: isinstance(kind.row.get(answer), str)),
+        )
+        if {"chosen", "rejected"} & columns.keys() or rankings > texts:
+            return "preferences"
+        return "labels" if "label" in columns else "answers"
+    if format in ("text", "preference", "preference_messages"):
         return "text" if format == "text" else "preferences"
-    rows, total = [kind.row for kind in kinds], sum(kind.count for kind in kinds)
-
-    def most(test: Callable[[dict[str, Any]], bool]) -> bool:
-        return sum(kind.count for kind in kinds if test(kind.row)) * 2 > total
-
-    if most(lambda row: recognise(row, "preferences") is not None):
+    total = count(_is_answered)
+    if count(lambda kind: "preferences" in kind.uses) * 2 > total:
         return "preferences"
-    if most(_is_labelled) or (rows and all(map(_is_zero_or_one, rows))):
+    if count(_is_labelled) * 2 > total or (total and all(_is_zero_or_one(kind) for kind in kinds if _is_answered(kind))):
         return "labels"
     if format is not None:
         return "answers"
-    if most(lambda row: "text" in row and recognise(row, "prompts") is None):
+    if count(_is_text) * 2 > total:
         return "text"
-    return "prompts" if rows and all(map(_is_bare_prompt, rows)) else "answers"
+    return "prompts" if not total and count(_is_bare) * 2 > count(lambda kind: "prompts" in kind.uses) else "answers"
 
 
-def _is_labelled(row: dict[str, Any]) -> bool:
+def _is_answered(kind: _Kind) -> bool:
+    """More than a question: rows of this kind are for one of the stages that learn."""
+    return _is_text(kind) or (bool(kind.uses & {"answers", "preferences"}) and not _is_bare(kind))
+
+
+def _is_text(kind: _Kind) -> bool:
+    return "text" in kind.uses and recognise(kind.row, "prompts") is None
+
+
+def _is_bare(kind: _Kind) -> bool:
+    return "prompts" in kind.uses and _is_bare_prompt(kind.row)
+
+
+def _is_labelled(kind: _Kind) -> bool:
     """True and false only: a number or a word under 'label' is more likely the class of a text."""
-    label = row.get("label", row.get("kto_tag"))
-    return str(label).lower() in ("true", "false") and recognise(row, "labels") is not None
+    label = kind.row.get("label", kind.row.get("kto_tag"))
+    return "labels" in kind.uses and str(label).lower() in ("true", "false")
 
 
-def _is_zero_or_one(row: dict[str, Any]) -> bool:
+def _is_zero_or_one(kind: _Kind) -> bool:
     """Beside a completion (TRL) these are good and bad, where no row has another number."""
-    return "completion" in row and str(row.get("label")) in ("0", "1") and recognise(row, "labels") is not None
+    return "labels" in kind.uses and "completion" in kind.row and str(kind.row.get("label")) in ("0", "1")
 
 
 def _is_bare_prompt(row: dict[str, Any]) -> bool:
@@ -386,6 +463,9 @@ def _contents(name: str, row: Row) -> list[Problem]:
 
 def _of_record(record: Record) -> Iterator[quality.Finding]:
     """What is wrong with the answer that is to be learned, and with what tools said."""
+    if (weights := _weights(record)) is not None and not any(weights):
+        said = "nothing of the row is learned: learn is false, or the weight 0, in every answer"
+        yield quality.Finding("nothing-learned", "warning", said)
     if isinstance(record, Document):
         return
     yield from (quality.Finding("tool-result", "warning", said) for said in tools.loose_results(record.turns)[:1])
@@ -395,6 +475,18 @@ def _of_record(record: Record) -> Iterator[quality.Finding]:
     elif (learned := _learned(record)) is not None:
         asked = [turn.text for turn in record.turns if turn.role == "user"]
         yield from quality.answer_damage(asked[-1], learned.text)
+
+
+def _weights(record: Record) -> list[float] | None:
+    """With which weights the texts of a record are learned, 0 for not at all; None where it only asks."""
+    if isinstance(record, Document):
+        return [record.weight]
+    answers = (
+        [record.chosen, record.rejected]
+        if isinstance(record, Preference)
+        else [turn for turn in record.turns if turn.role == "assistant" or turn.learn]
+    )
+    return [turn.weight * record.weight if turn.learn is not False else 0.0 for turn in answers] or None
 
 
 def _said_by(turn: Turn) -> tuple[str, dict[str, Any]]:
@@ -428,8 +520,15 @@ class _Seen:
         self.base.execute("CREATE TABLE rows (content INTEGER PRIMARY KEY, place INTEGER)")
         self.base.execute("BEGIN")
 
-    def close(self) -> None:
+    def __enter__(self) -> "_Seen":
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self.base.close()
+        if isinstance(error, sqlite3.OperationalError):
+            raise UserError(
+                f"the temporary file in which rows are compared: {error}; free some room on that disk, or set SQLITE_TMPDIR"
+            ) from None
 
     def start(self, file: str, afresh: bool = False) -> None:
         """The next file. afresh: its rows are not told for being equal to rows of those before."""
@@ -613,7 +712,14 @@ class _Sorted:
             raise UserError(f"{self.file.name} was changed while it was read; nothing was written")
 
 
-def fix(paths: Sequence[str | Path], out: str | Path, *, columns: dict[str, str] | None = None, format: str | None = None) -> str:
+def fix(
+    paths: Sequence[str | Path],
+    out: str | Path,
+    *,
+    columns: dict[str, str] | None = None,
+    format: str | None = None,
+    registry: str | Path | None = None,
+) -> str:
     """Writes the clean rows to `out`, in the layout of the input where they read back so, and the others to `out`.removed.jsonl; returns what to print.
 
     Rows with errors and exact duplicates are removed; rows in = rows out + rows removed. Raises UserError where a file cannot
@@ -626,25 +732,25 @@ def fix(paths: Sequence[str | Path], out: str | Path, *, columns: dict[str, str]
             raise UserError(f"{target} exists already and is never overwritten; choose another name, or remove it")
     if not out.absolute().parent.is_dir():
         raise UserError(f"cannot write {out}: there is no folder {out.absolute().parent}")
-    files = [file for file in _survey_all(paths, columns, format) if file.limit != 0]
+    files = [file for file in _survey_all(paths, columns, format, registry) if file.limit != 0]
     for file in files:
         for problem in file.problems:
             if problem.level == "error":
                 raise UserError(f"{problem.place}: {problem.message}; this cannot be mended row by row, nothing was written")
-    with closing(_Seen()) as seen:
+    with _Seen() as seen:
         parts = [_sorted(file, seen) for file in files]
     kinds = Counter(problem.kind for part in parts for problem in part.gone.values())
     kept = sum(part.count - len(part.gone) - len(part.passed) for part in parts)
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for part in parts for row in part.removed())
-    write_whole(removed, lines)
     layout, other = _layout_of(parts), ""
     try:
-        write_whole(out, _render(parts, layout, out.name))
+        whole(removed, lines)
+        whole(out, _render(parts, layout, out.name))
         if layout in ("csv", "text") and not _reads_back(out, parts):
             other = f"; as {'CSV' if layout == 'csv' else 'plain text'} they would be read otherwise, so {out} has JSON Lines"
-            write_whole(out, _render(parts, "lines", out.name))
-    except UserError:
-        removed.unlink()
+            whole(out, _render(parts, "lines", out.name))
+    except BaseException:  # half of it would stand in the way of the next try
+        removed.unlink(missing_ok=True)
         out.unlink(missing_ok=True)
         raise
     why = f" ({', '.join(f'{count} {kind}' for kind, count in kinds.most_common())})" if kinds else ""
@@ -718,16 +824,3 @@ def _csv(header: tuple[str, ...], rows: Iterable[tuple[File, Item]], delimiter: 
         yield sheet.getvalue()[:-2] + "\n"
         sheet.seek(0)
         sheet.truncate()
-
-
-def write_whole(path: Path, texts: str | Iterable[str]) -> None:
-    """Lone surrogates of removed rows are written as \\udXXX, which JSON reads back."""
-    new = path.with_name(path.name + ".new")
-    try:
-        with open(new, "wb") as file:
-            for text in [texts] if isinstance(texts, str) else texts:
-                file.write(text.encode("utf-8", "backslashreplace"))
-    except UserError:
-        new.unlink()
-        raise
-    new.replace(path)

@@ -1,7 +1,6 @@
 """The command line. Light on purpose: each command imports what it needs. Exit codes: 0 done, 2 the user can mend it,
 1 our fault (with a traceback), 130 interrupted after saving."""
 
-import errno
 import json
 import os
 import sys
@@ -12,8 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from . import __version__
+from . import __version__, files
 from .errors import Interrupted, UserError
+from .terminal import console, line, prepare, print, visible
 
 app = typer.Typer(
     name="glmtune", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -45,8 +45,19 @@ Temperature = Annotated[
     float | None, typer.Option(help="0 is greedy; not given: the model's published setting.", show_default=False)
 ]
 TopP = Annotated[float | None, typer.Option(help="Nucleus sampling; not given: the model's published setting.", show_default=False)]
+TopK = Annotated[
+    int | None,
+    typer.Option(help="Only the k likeliest tokens, 0: all; not given: the model's published setting.", show_default=False),
+]
+Penalty = Annotated[
+    float | None,
+    typer.Option(help="Of tokens that stand there already, 1: none; not given: the model's published setting.", show_default=False),
+]
 Columns = Annotated[str | None, typer.Option(help="Which key holds what: prompt=question,response=answer", show_default=False)]
 Format = Annotated[str | None, typer.Option(help="The rows' form, if their keys do not show it.", show_default=False)]
+Registry = Annotated[
+    str | None, typer.Option(help="A data.yaml or dataset_info.json; not given: data.yaml here, if any.", show_default=False)
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
 
 
@@ -110,16 +121,18 @@ def show(
     if not 0 <= sample < len(made.examples):
         raise UserError(f"--sample {sample}: there are {len(made.examples)} rows, 0 to {len(made.examples) - 1}")
     example = made.examples[sample]
-    from . import estimate, families, training
+    from . import estimate, families
+    from .settings import line as settings_line
+    from .settings import resolve, setting
 
-    settings_ = training.resolve(made)
-    how = training.setting(made, settings_)
+    chosen = resolve(made)
+    how = setting(made, chosen)
     need = estimate.memory(made.shape, how)
-    rate = estimate.matmul_rate(families.pick_device(settings_["device"]), settings_["precision"])
+    rate = estimate.matmul_rate(families.pick_device(chosen["device"]), chosen["precision"])
     epoch = estimate.seconds(made.shape, how, sum(made.lengths), made.examples.num_learned, rate)
     if json_:
         found = {
-            "run": run.model_dump(mode="json", serialize_as_any=True), "resolved": settings_, "rows": len(made.examples), "dev_rows": len(made.dev or ()),
+            "run": run.model_dump(mode="json", serialize_as_any=True), "resolved": chosen, "rows": made.examples.num_rows, "sequences": len(made.examples), "dev_rows": made.dev.num_rows if made.dev else 0,
             "tokens": sum(made.lengths), "learned_tokens": made.examples.num_learned, "longest": max(made.lengths),
             "trainable": made.shape.trainable, "parameters": made.shape.parameters, "memory_gb": round(sum(need.values()) / 1e9, 2), "seconds_per_epoch": round(epoch, 1),
             "notes": made.notes, "sample": {"where": example.where, "ids": example.ids, "labels": example.labels},
@@ -132,7 +145,7 @@ def show(
 
     screen.print_plan(made)
     if sample or len(example.ids) > 160:
-        screen.console.print(Text(f"row {sample}, {example.where}:", "cyan"))
+        screen.console.print(Text(visible(f"row {sample}, {example.where}:"), "cyan"))
         screen.console.print(screen.coloured(made.template, example))
     if tokens:
         screen.console.print(screen.token_table(made.template, example))
@@ -140,8 +153,8 @@ def show(
 
     changed = options.changed(options.plain(run), options.plain(type(run).model_construct(model="", data=[], out=run.out)))
     screen.console.print(Text("options that differ from the defaults:", "cyan"))
-    screen.console.print(Text(yaml.safe_dump(changed, sort_keys=False, allow_unicode=True).rstrip()))
-    screen.console.print(training.settings_line(settings_), markup=False)
+    screen.console.print(Text(visible(yaml.safe_dump(changed, sort_keys=False, allow_unicode=True).rstrip())))
+    screen.console.print(settings_line(chosen), markup=False)
     screen.console.print(screen.needs(need, epoch, rate), markup=False)
 
 
@@ -164,6 +177,8 @@ def predict(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Only the k likeliest tokens; 0: all.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="Of tokens that stand there already; 1: none.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows answered at once.")] = 16,
     quant: Quant = None,
@@ -172,10 +187,12 @@ def predict(
     """Answer every row of a file, in order. Interrupted, the same command continues."""
     from . import families
     from .generate import Sampling
+    from .options import build
     from .run import Source
 
-    sampling = Sampling(temperature, top_p, max_new_tokens, seed)
-    sources = [Source(path=path, format=format, columns=_columns(columns), max_samples=max_samples, system=system) for path in data]
+    sampling = Sampling(temperature, top_p, max_new_tokens, seed, top_k, repetition_penalty)
+    how = {"format": format, "columns": _columns(columns), "max_samples": max_samples, "system": system}
+    sources = [build(Source, {"path": path, **how}, "DATA") for path in data]
     place = families.locate(model, adapter, _say)
     from . import data as data_module
     from .chat import JOIN
@@ -185,7 +202,7 @@ def predict(
     join = place.join if place.join is not None else JOIN.get(str(place.template), "\n")
     found = data_module.load(sources, want="prompts", system=place.system, join=join)  # bad rows are told before the model loads
     for note in found.notes:
-        _say(note)
+        _say(line(note))
     from .loaded import load
     from .predict import predict as start
     from .screen import Terminal
@@ -193,7 +210,8 @@ def predict(
     loaded = load(model, device=device, adapter=adapter, quant=quant, say=_say)
     screen = Terminal()
     try:
-        start(loaded, found.rows, out, sampling, batch_size, screen.asking("answers", len(found.rows)))
+        with files.naming(out):
+            start(loaded, found.rows, out, sampling, batch_size, screen.asking("answers", len(found.rows)), _say)
     except KeyboardInterrupt:
         raise Interrupted(f"stopped; answers so far are kept in {out}.part, the same command continues") from None
     finally:
@@ -246,6 +264,8 @@ def chat(
     ] = None,
     temperature: Temperature = None,
     top_p: TopP = None,
+    top_k: TopK = None,
+    repetition_penalty: Penalty = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
     seed: Annotated[int | None, typer.Option(help="Of sampling; not given: new every time.", show_default=False)] = None,
     quant: Quant = None,
@@ -254,7 +274,10 @@ def chat(
     """Talk to a model. In a pipe, each line is one turn of the same conversation."""
     from .generate import Sampling
 
-    given = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed}
+    given = {
+        "temperature": temperature, "top_p": top_p, "top_k": top_k, "repetition_penalty": repetition_penalty,
+        "max_new_tokens": max_new_tokens, "seed": seed,
+    }  # fmt: skip
     sampling = {key: value for key, value in given.items() if value is not None}
     Sampling(**sampling)  # refuses bad values before the model loads
     from . import repl
@@ -349,8 +372,6 @@ def export(
         folder = export_published(adapter, model, to, _say)
         print(json.dumps({"to": str(folder)}) if json_ else f"{folder}: the adapter in the layout that {model} was published in")
         return
-    if dtype not in ("auto", "bf16", "fp16", "fp32"):
-        raise UserError(f"--dtype {dtype}: wanted auto, bf16, fp16 or fp32")
     if rounding not in ("nearest", "stochastic"):
         raise UserError(f"--rounding {rounding}: wanted nearest or stochastic")
     from .export import export as start
@@ -460,13 +481,12 @@ def options(
     if json_:
         print(json.dumps([dict(zip(("name", "type", "default", "description"), row)) for row in chosen], ensure_ascii=False))
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("option", "type", "default", "meaning", box=None, header_style="bold", padding=(0, 1))
     for row in chosen:
         table.add_row(*(cell.replace("[", "\\[") for cell in map(repr_newlines, row)))
-    Console(highlight=False).print(table)
+    console().print(table)
 
 
 def repr_newlines(text: str) -> str:
@@ -494,6 +514,7 @@ def data_check(
     ] = None,
     columns: Columns = None,
     format: Format = None,
+    registry: Registry = None,
     fix: Annotated[
         Path | None,
         typer.Option(help="Write the clean rows here, and what was removed to FIX.removed.jsonl.", show_default=False),
@@ -510,16 +531,16 @@ def data_check(
 
     examples = _encoder(model) if model is not None else None
     encode = None if examples is None else lambda record: max(len(example.ids) for example in examples(record))
-    read: dict[str, Any] = {"columns": _columns(columns), "format": format}
+    read: dict[str, Any] = {"columns": _columns(columns), "format": format, "registry": registry}
     found = check.check(files, dev=dev or (), encode=encode, max_length=max_length or 1024, too_long=too_long or "error", **read)
     errors = sum(problem["level"] == "error" for problem in found["problems"])
     if json_:
         print(json.dumps(found, ensure_ascii=False))
     else:
         for problem in found["problems"]:
-            print(f"{problem['file']}:{problem['line']}: {problem['level']}: {problem['message']} [{problem['kind']}]")
+            print(line(f"{problem['file']}:{problem['line']}: {problem['level']}: {problem['message']} [{problem['kind']}]"))
         for note in found["notes"]:
-            print(note)
+            print(line(note))
         _print_lengths(found["lengths"])
         print(f"{found['rows']} rows, errors: {errors}, warnings: {len(found['problems']) - errors}")
     if fix is not None:
@@ -535,7 +556,7 @@ def _encoder(model: str) -> Any:
     from .records import Document
 
     place = families.locate(model, None, _say)
-    template = families.open_template(place.tokenizer, place.template)
+    template = families.open_template(place.tokenizer, place.template, now=place.now)
 
     def encode(record: Any) -> Any:
         if isinstance(record, Document):
@@ -553,21 +574,20 @@ def _print_lengths(lengths: dict[str, Any]) -> None:
     if not lengths:
         return
     from rich.bar import Bar
-    from rich.console import Console
     from rich.table import Table
 
     print(
         f"length in {lengths['unit']}: shortest {lengths['shortest']}, median {lengths['p50']}, "
         f"95 % up to {lengths['p95']}, longest {lengths['longest']}"
     )
-    console = Console(highlight=False)
-    if not console.is_terminal:
+    shown = console()
+    if not shown.is_terminal:
         return
     most = max(count for _, _, count in lengths["histogram"])
     table = Table.grid(padding=(0, 1))
     for low, high, count in lengths["histogram"]:
         table.add_row(f"{low}-{high}", str(count), Bar(most, 0, count, width=40, color="cyan"))
-    console.print(table)
+    shown.print(table)
 
 
 @data_app.command("stats", epilog="Example:  glmtune data stats train.json more.jsonl --model smollm2-135m-instruct")
@@ -578,13 +598,14 @@ def data_stats(
     ] = None,
     columns: Columns = None,
     format: Format = None,
+    registry: Registry = None,
     json_: Json = False,
 ) -> None:
     """Rows, forms, turns, lengths, languages and, with --model, the share of tokens that is learned."""
     from . import convert
 
     encode = _encoder(model) if model is not None else None
-    found = convert.stats(files, encode=encode, columns=_columns(columns), format=format)
+    found = convert.stats(files, encode=encode, columns=_columns(columns), format=format, registry=registry)
     if json_:
         print(json.dumps(found, ensure_ascii=False))
         return
@@ -596,7 +617,7 @@ def data_stats(
         print(f"tokens: {learned['tokens']}, learned {learned['learned']} ({learned['share']:.1%})")
     _print_lengths(found["lengths"])
     for note in found["notes"]:
-        print(note)
+        print(line(note))
 
 
 @data_app.command("convert", epilog="Example:  glmtune data convert train.json --to messages --out train.messages.jsonl")
@@ -606,11 +627,12 @@ def data_convert(
     out: Annotated[Path, typer.Option(help="JSONL file to write.", show_default=False)],
     columns: Columns = None,
     format: Format = None,
+    registry: Registry = None,
 ) -> None:
     """Write rows in another form. Every row is read back; what the form cannot hold is an error, and nothing is written."""
     from . import convert
 
-    print(convert.convert(files, to, out, columns=_columns(columns), format=format))
+    print(convert.convert(files, to, out, columns=_columns(columns), format=format, registry=registry))
 
 
 @data_app.command(
@@ -646,7 +668,7 @@ def data_tokenize(
         print(json.dumps(found, ensure_ascii=False))
         return
     for note in [*made.about["notes"], *(f"{n} {why}" for why, n in made.about["counts"].items())]:
-        print(note)
+        print(line(note))
     print(
         f"{found['rows']} rows, {found['sequences']} sequences, {found['tokens']} tokens ({found['learned_tokens']} learned) in {made.folder}"
     )
@@ -764,9 +786,7 @@ def _print_designs(scores: dict[str, Any]) -> None:
 
 @data_app.command("list", epilog="Example:  glmtune data list    then    glmtune train model=... data=alpaca_zh out=...")
 def data_list(
-    registry: Annotated[
-        str | None, typer.Option(help="A data.yaml or dataset_info.json; not given: data.yaml here, if any.", show_default=False)
-    ] = None,
+    registry: Registry = None,
     json_: Json = False,
 ) -> None:
     """Data sets that `data=` knows by name: your own registry's, and public ones."""
@@ -801,24 +821,15 @@ def top(
 
 
 # What is wrong with a path, or with the disk behind it: nothing of that is a defect of the program.
-_PATHS = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOENT,
-    errno.EEXIST,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EROFS,
-    errno.ENAMETOOLONG,
-    errno.ENOSPC,
-)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command and turns what happened into an exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     usage: Any = typer.BadParameter.__base__  # click's UsageError, of whichever click typer carries
     try:
+        prepare()
+        for given in sys.argv[1:] if arguments is None else arguments:
+            if any("\ud800" <= letter <= "\udfff" for letter in given):
+                raise UserError(f"the argument '{given}' is not UTF-8 text; write it in UTF-8, or rename the file")
         code = app(args=arguments, prog_name="glmtune", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except UserError as error:
@@ -841,16 +852,16 @@ def main(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
-        if isinstance(error, OSError) and error.filename and error.errno in _PATHS:
-            _fail(f"{error.filename}: {os.strerror(error.errno).lower()}; choose another path, or make this one usable")
+        if isinstance(error, OSError) and ((error.filename and error.errno in files.ADVICE) or error.errno in files.DISK):
+            _fail(files.told(error))
             sys.exit(2)
         import traceback
 
-        traceback.print_exc()
+        print(traceback.format_exc(), file=sys.stderr, end="")
         print(f"\nThis is a defect of glmtune {__version__}, not of your input. Please report the lines above.", file=sys.stderr)
         sys.exit(1)
 
 
 def _fail(message: str) -> None:
     red, plain = ("\033[1;31m", "\033[0m") if sys.stderr.isatty() else ("", "")
-    print(f"{red}error:{plain} {message}", file=sys.stderr)
+    sys.stderr.write(f"{red}error:{plain} {visible(message)}\n")

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from . import quality
-from .check import Checked, Row, examine, write_whole
+from .check import Checked, Row, examine
 from .errors import UserError, did_you_mean
-from .forms import Record, Want, parse_row, recognise
+from .files import whole
+from .forms import RANKED, Record, Want, parse_row, recognise
 from .reading import DataError, Item
 from .records import Conversation, Document, Example, Labelled, Preference, Turn
 
@@ -23,13 +24,14 @@ def stats(
     encode: Callable[[Conversation | Document], list[Example]] | None = None,
     columns: dict[str, str] | None = None,
     format: str | None = None,
+    registry: str | Path | None = None,
 ) -> dict[str, Any]:
     """What stands in the files, counted. `encode`: a record -> its sequences; lengths are then in tokens, else in characters.
 
     {"rows", "unusable", "sources": {file: rows}, "forms", "turns", "languages": {name: rows}, "lengths": {...}, "learned": {...},
     "notes": [...]}
     """
-    files = examine(paths, columns, format)
+    files = examine(paths, columns, format, registry)
     unread = next((problem for file in files if not file.rows for problem in file.problems), None)
     if unread is not None:
         raise UserError(f"{unread.place}: {unread.message}")
@@ -69,7 +71,13 @@ def _turns(record: Record) -> int:
 
 
 def convert(
-    paths: Sequence[str | Path], to: str, out: str | Path, *, columns: dict[str, str] | None = None, format: str | None = None
+    paths: Sequence[str | Path],
+    to: str,
+    out: str | Path,
+    *,
+    columns: dict[str, str] | None = None,
+    format: str | None = None,
+    registry: str | Path | None = None,
 ) -> str:
     """Writes every row of the files to `out`, as JSON Lines in the form `to` (messages, alpaca, sharegpt); returns what to print.
 
@@ -83,16 +91,17 @@ def convert(
         raise UserError(f"{out} exists already and is never overwritten; choose another name, or remove it")
     if not out.absolute().parent.is_dir():
         raise UserError(f"cannot write {out}: there is no folder {out.absolute().parent}")
-    lines, files = [], examine(paths, columns, format)
+    lines, files = [], examine(paths, columns, format, registry)
     for file in files:
         for problem in [*file.problems, *(problem for row in file.rows for problem in row.problems)]:
             if problem.level == "error":
                 raise UserError(f"{problem.place}: {problem.message}\nnothing was written; glmtune data check lists all")
         lines += [_converted(file, row, record, to) for row in file.rows for record in row.records]
-    write_whole(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    return "\n".join(
-        [f"{len(lines)} rows in {out}, form {to}, read back and compared", *(note for file in files for note in file.cut)]
-    )
+    whole(out, (json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    notes = [note for file in files for note in file.cut]
+    if ranked := sum(RANKED in record.meta for file in files for row in file.rows for record in row.records):
+        notes.append(f"{ranked} rows have more than two answers, the best first: the first two are written")
+    return "\n".join([f"{len(lines)} rows in {out}, form {to}, read back and compared", *notes])
 
 
 def _converted(file: Checked, row: Row, record: Record, to: str) -> dict[str, Any]:

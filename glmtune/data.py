@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import UserError, did_you_mean
-from .forms import Form, Reading, Record, Want, choose_forms, open_file, parse_rows
+from .forms import RANKED, Form, Reading, Record, Want, choose_forms, open_file, parse_rows
 from .mixing import content_hash, mix, parts, split, split_hashes
 from .reading import Broken, DataError, File, Item, some
 from .records import Document, Preference, Turn
@@ -80,7 +80,7 @@ def stream(
     variables: dict[str, str] | None = None,
     join: str = "\n",
     want: Want = "answers",
-    all_variables: bool = True,
+    elsewhere: Sequence[str] | None = (),
     registry: str | Path | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> "Stream":
@@ -88,10 +88,10 @@ def stream(
 
     want: "answers" every row ends with an answer (training); "prompts" the trailing answer, if any, moves to meta["reference"];
     "text" plain text, records are Documents; "preferences", "labels" as in forms.py. `meta["row"]` is the row as it stands in the
-    file. The system turn comes from the row, else the source, else `system`. `variables` fill `{{name}}` in every text; with
-    `all_variables` each must occur somewhere. registry, say: see `sources.find`; what is Found already is read as it is.
+    file. The system turn comes from the row, else the source, else `system`. `variables` fill `{{name}}` in every text;
+    each must stand in some row or in `elsewhere` (None: it need not). registry, say: see `sources.find`; what is Found already is read as it is.
     """
-    return Stream(find(sources, registry, say), Reading(want, join), system, variables or {}, all_variables)
+    return Stream(find(sources, registry, say), Reading(want, join), system, variables or {}, elsewhere)
 
 
 Recognised = tuple[Item | Broken, Any, int]  # a file's item, its value with the usual names, and which of `forms` it is read as
@@ -110,11 +110,13 @@ class Lot:
 
 @dataclass
 class Read:
-    """What became of a lot. `count` is the number of its records; `used` how many rows are of which of the lot's forms."""
+    """What became of a lot. `count` is the number of its records; `used` how many rows are of which of the lot's forms; `ranked` how
+    many have more than two answers, by their number."""
 
     records: list[Any] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     used: Counter[int] = field(default_factory=Counter)
+    ranked: Counter[int] = field(default_factory=Counter)
     marks: "_Marks" = field(default_factory=lambda: _Marks({}))
     count: int = 0
 
@@ -129,6 +131,7 @@ class _Open:
     left: int | None  # how many of its rows are wanted; None: all
     notes: list[str]
     used: Counter[int] = field(default_factory=Counter)
+    ranked: Counter[int] = field(default_factory=Counter)
 
 
 @dataclass
@@ -146,7 +149,7 @@ class Stream:
     reading: Reading
     system: str | None
     variables: dict[str, str]
-    all_variables: bool
+    elsewhere: Sequence[str] | None
     notes: list[str] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
 
@@ -211,6 +214,7 @@ class Stream:
                 made.problems.append(found)
                 continue
             made.used[row[2]] += 1
+            made.ranked.update(_ranked(found))
             for record in found:
                 if self.variables:
                     made.marks.add(_texts(record))
@@ -226,10 +230,11 @@ class Stream:
         self._marks.join(read.marks)
         self._counts[opened.number] += read.count
         opened.used += read.used
+        opened.ranked += read.ranked
         if not last:
             return
         try:
-            rows.finish(opened.used)
+            rows.finish(opened.used, opened.ranked)
         except DataError as error:
             raise _refusal(rows.file.name, rows, error) from None
         if opened.left == rows.count and rows.notes:
@@ -240,7 +245,8 @@ class Stream:
     def finish(self) -> None:
         """After the last lot: raises UserError for bad rows and for variables that stand nowhere; completes `notes` and `spans`."""
         self._bad.refuse()
-        if self.all_variables:
+        if self.elsewhere is not None:
+            self._marks.add(self.elsewhere)
             self._marks.refuse()
         self.notes = list(chain.from_iterable(self._notes))
         starts = accumulate(self._counts, initial=0)
@@ -297,13 +303,14 @@ class Rows:
         self.first_broken: Broken | None = None
 
     def __iter__(self) -> Iterator[tuple[Item | Broken, list[Record] | Problem]]:
-        used: Counter[int] = Counter()
+        used, ranked = Counter[int](), Counter[int]()
         for row in self._recognised():
             found = _read_row(self.file.name, self.forms, row, self.reading.want, self.reading.join)
             if not isinstance(found, Problem):
                 used[row[2]] += 1
+                ranked.update(_ranked(found))
             yield row[0], found
-        self.finish(used)
+        self.finish(used, ranked)
 
     def lots(self, size: int) -> Iterator[tuple[list[Recognised], bool]]:
         """Up to `size` rows at a time, and whether they are the last. Where reading ends in a DataError, what came before it is handed
@@ -336,7 +343,7 @@ class Rows:
         values = [self.adapt(item.value) for item in good]
         _count_keys(self._keys, values)
         try:
-            self._main, form_of = choose_forms(values, self.reading)
+            self._main, form_of = choose_forms(values, replace(self.reading, header=self.file.layout == "csv"))
             self._columns = self._check_columns() if whole else None
         except DataError as error:
             error.line = good[0].line if good else 1
@@ -357,11 +364,15 @@ class Rows:
                 self.forms.append(form)
             yield item, value, place
 
-    def finish(self, used: Counter[int]) -> None:
-        """used: how many rows are of which of `forms`. Raises DataError for columns that no row has."""
+    def finish(self, used: Counter[int], ranked: Counter[int]) -> None:
+        """used: how many rows are of which of `forms`; ranked: see Read. Raises DataError for columns that no row has."""
         counts = Counter({self.forms[one].describe(self._keys): count for one, count in used.items()})
         forms = [self._main, *(self.forms[one] for one in used)]
         self.notes = _file_notes(self.file, counts, forms, self._keys, self.reading.want)
+        if ranked:
+            several = f"{min(ranked)} to {max(ranked)}" if len(ranked) > 1 else f"{min(ranked)}"
+            said = f"{ranked.total()} rows have {several} answers, the best first: the first two are read, as chosen and rejected"
+            self.notes.append(f"{self.file.name}: {said}")
         self.notes += self._columns if self._columns is not None else self._check_columns()
         self.form = self._main.name
 
@@ -376,8 +387,14 @@ class Rows:
         return found, True
 
     def _check_columns(self) -> list[str]:
-        known = self.reading.columns is not None and self._keys
-        return _check_columns(self._main, self._keys, self.reading.want) if known else []
+        if self.reading.columns is None or not self._keys:
+            return []
+        try:
+            return _check_columns(self._main, self._keys, self.reading.want)
+        except DataError as error:
+            if self.file.layout != "csv" or self._keys.keys() & {*self._main.names.values()}:
+                raise
+            raise DataError(error.kind, f"{error}; is the header (the first line, with the columns' names) missing?") from None
 
 
 def _read_row(name: str, forms: list[Form], row: Recognised, want: Want, join: str) -> list[Record] | Problem:
@@ -390,6 +407,10 @@ def _read_row(name: str, forms: list[Form], row: Recognised, want: Want, join: s
         return Problem(name, item.line, error.kind, str(error))
     where = f"{name}:{item.line}"
     return [replace(record, where=where, meta={"row": item.value, **record.meta}) for record in made]
+
+
+def _ranked(records: list[Record]) -> Iterator[int]:
+    return (record.meta[RANKED] for record in records if RANKED in record.meta)
 
 
 def _count_keys(keys: Counter[str], values: Iterable[Any]) -> None:
@@ -435,7 +456,8 @@ def _file_notes(file: File, used: Counter[str], forms: list[Form], keys: Counter
     known = {key for form in forms for key in form.names.values()}
     unused = [key for key in keys if key not in known]
     if unused and used and all(form.names for form in forms):
-        line += f"; keys not used: {', '.join(unused[:8])}"
+        what = "keys that stay with the row, for rewards and scores" if want == "prompts" else "keys not used"
+        line += f"; {what}: {', '.join(unused[:8])}"
     more = [note if note.startswith(file.name) else f"{file.name}: {note}" for note in file.notes]
     if want == "answers" and "label" in unused:
         more.append(f"{file.name}: the key 'label' is not used: if it marks good and bad answers (KTO), both are learned here")
@@ -483,7 +505,7 @@ class _Bad:
 def _finish(record: Record, system: str | None, variables: dict[str, str], want: Want) -> Record:
     """The run's share of a row: default system turn, variables, and for prediction the answer moved to `meta`."""
     if isinstance(record, Document):
-        return replace(record, text=_fill(record.text, variables)) if variables else record
+        return replace(record, text=fill(record.text, variables)) if variables else record
     turns = record.turns
     if system is not None and turns[0].role != "system":
         turns = (Turn("system", system), *turns)
@@ -498,7 +520,7 @@ def _finish(record: Record, system: str | None, variables: dict[str, str], want:
 
 
 def _filled(turn: Turn, variables: dict[str, str]) -> Turn:
-    return replace(turn, text=_fill(turn.text, variables), extra=_fill_within(turn.extra, variables)) if variables else turn
+    return replace(turn, text=fill(turn.text, variables), extra=_fill_within(turn.extra, variables)) if variables else turn
 
 
 def _fill_within(value: Any, variables: dict[str, str]) -> Any:
@@ -507,7 +529,7 @@ def _fill_within(value: Any, variables: dict[str, str]) -> Any:
         return {key: _fill_within(one, variables) for key, one in value.items()}
     if isinstance(value, list):
         return [_fill_within(one, variables) for one in value]
-    return _fill(value, variables) if isinstance(value, str) else value
+    return fill(value, variables) if isinstance(value, str) else value
 
 
 def _texts(record: Record) -> Iterator[str]:
@@ -531,8 +553,14 @@ def _texts_within(value: Any) -> Iterator[str]:
 _VARIABLE = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 
 
-def _fill(text: str, variables: dict[str, str]) -> str:
+def fill(text: str, variables: dict[str, str]) -> str:
+    """`{{name}}` by the run option `variables`, wherever they are filled; names that they do not have stay as they are."""
     return _VARIABLE.sub(lambda match: variables.get(match[1], match[0]), text) if variables and "{{" in text else text
+
+
+def named(texts: Iterable[str], variables: Iterable[str]) -> list[str]:
+    """Those of the variables that stand in the texts."""
+    return sorted(set(variables) & {name for text in texts for name in _VARIABLE.findall(text)})
 
 
 class _Marks:

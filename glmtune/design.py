@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import pydantic
 import yaml
 
-from . import options
+from . import files, options
 from .data import problem_of
 from .errors import UserError, did_you_mean
 from .options import Options
@@ -829,7 +829,7 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         raise UserError(f"{path} exists already and is never overwritten; choose another name, or remove it")
     if not path.absolute().parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}")
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    files.whole(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def sweep(
@@ -842,27 +842,28 @@ def sweep(
     made = {name: [[sample(item, schema, one) for item in items] for items in (train, test)] for name, one in designs.items()}
     if folder.exists():
         raise UserError(f"{folder} exists already and is never overwritten; choose another folder, or remove it")
-    for part in ("train", "test", "runs", "predictions"):
-        (folder / part).mkdir(parents=True)
-    up = os.path.relpath(Path.cwd(), folder.absolute())  # every path is as seen from here, wherever run.sh is called from
-    lines = ["set -e", f'cd "$(dirname "$0")"/{shlex.quote(up)}']
-    for number, (name, rows) in enumerate(made.items(), 1):
-        paths = [folder / part / f"{name}.jsonl" for part in ("train", "test", "predictions")]
-        for path, own in zip(paths, rows):
-            write_rows(path, own)
-        run, out = folder / "runs" / f"{name}.yaml", folder / "trained" / name
-        stage = {"kind": "sft", "learn": designs[name].learn}
-        tree = {"model": model, "data": str(paths[0]), "out": str(out), "stage": stage, "samples": []}
-        run.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        begin = shlex.join(["glmtune", "train", str(run), "--resume"])
-        ask = shlex.join(["glmtune", "predict", str(out), str(paths[1]), "--out", str(paths[2])])
-        say = f"echo 'design {number} of {len(made)}: {name}'"
-        lines.append(f'[ -e {shlex.quote(str(paths[2]))} ] || {{ {say}; {begin} "$@"; {ask}; }}')
-    lines.append(shlex.join(["glmtune", "data", "design", "--table", str(folder)]))
-    (folder / "run.sh").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (folder / "schema.yml").write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
-    settings = {"language": schema.language, "designs": {name: asdict(one) for name, one in designs.items()}}
-    (folder / "designs.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    with files.new_folder(folder) as work:
+        for part in ("train", "test", "runs", "predictions"):
+            (work / part).mkdir(parents=True)
+        up = os.path.relpath(Path.cwd(), folder.absolute())  # every path is as seen from here, wherever run.sh is called from
+        lines = ["set -e", f'cd "$(dirname "$0")"/{shlex.quote(up)}']
+        for number, (name, rows) in enumerate(made.items(), 1):
+            paths = [folder / part / f"{name}.jsonl" for part in ("train", "test", "predictions")]
+            for part, own in zip(("train", "test"), rows):
+                write_rows(work / part / f"{name}.jsonl", own)
+            run, out = folder / "runs" / f"{name}.yaml", folder / "trained" / name
+            stage = {"kind": "sft", "learn": designs[name].learn}
+            tree = {"model": model, "data": str(paths[0]), "out": str(out), "stage": stage, "samples": []}
+            files.whole(work / "runs" / f"{name}.yaml", yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+            begin = shlex.join(["glmtune", "train", str(run), "--resume"])
+            ask = shlex.join(["glmtune", "predict", str(out), str(paths[1]), "--out", str(paths[2])])
+            say = f"echo 'design {number} of {len(made)}: {name}'"
+            lines.append(f'[ -e {shlex.quote(str(paths[2]))} ] || {{ {say}; {begin} "$@"; {ask}; }}')
+        lines.append(shlex.join(["glmtune", "data", "design", "--table", str(folder)]))
+        files.whole(work / "run.sh", "\n".join(lines) + "\n")
+        files.whole(work / "schema.yml", source.read_text(encoding="utf-8"))
+        settings = {"language": schema.language, "designs": {name: asdict(one) for name, one in designs.items()}}
+        files.whole(work / "designs.yaml", yaml.safe_dump(settings, sort_keys=False))
     return list(designs)
 
 

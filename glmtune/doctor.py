@@ -120,7 +120,7 @@ def model(name: str | Path, say=lambda text: None) -> dict[str, Any]:
         "code in the folder": "named by auto_map, never run" if "auto_map" in published else "none is named",
         "parameters": f"{parameters / 1e6:.1f} M in {len(shapes)} tensors; {parameters * 2 / 1e9:.2f} GB in bf16, {parameters * 4 / 1e9:.2f} GB in fp32",
         "stored as": f"int{bits} (ChatGLM's own quantisation; read as {stored})" if bits else stored,
-        "advice": _advice(family.name, config, families.pick_device()),
+        "advice": _advice(place.base, families.pick_device()),
         "reads at most": f"{config.get('max_position_embeddings', '?')} tokens",
         "LoRA targets": ", ".join(sorted({n.split(".")[-1] for n in families.linear_names(place.base)})),
     }
@@ -129,7 +129,7 @@ def model(name: str | Path, say=lambda text: None) -> dict[str, Any]:
         found["their published names"] = ", ".join(f"{old} = {'+'.join(new)}" for old, new in names.items())
     if families.has_tokenizer(place.tokenizer):
         try:
-            template = families.open_template(place.tokenizer, place.template)
+            template = families.open_template(place.tokenizer, place.template, now=place.now)
         except UserError as error:
             tokens = families.open_tokens(place.tokenizer)
             found["chat format"] = str(error).splitlines()[0]
@@ -164,15 +164,20 @@ def fit(name: str, size: str, say=lambda text: None) -> dict[str, Any]:
     prepare(model, model.dtype)
     linear = sum(layer.weight.numel() for layer in blocks(model).values())
     shape = estimate.Shape.of(families.config_of(folder), parameters, 0, linear)
-    found = estimate.fitting(shape, room, families.reads_at_most(folder))
+    found = estimate.fitting(
+        shape, room, families.reads_at_most(folder), _kinds(folder), families.published_quant(folder) is not None
+    )
     return {"model": name, "parameters": parameters, "memory_gb": room / 1e9, "settings": found}
 
 
-def _advice(name: str, config: dict[str, Any], device: Any) -> str:
-    usual = families.pick_precision("auto", device)
-    text = f"{usual} on this machine ({device})"
-    if name.startswith(("ChatGLM3", "GLM-4")) or (
-        name.startswith("Glm") and config.get("model_type") in ("glm", "glm4")
-    ):  # THUDM/ChatGLM3 PR 689, LLaMA-Factory 4202: loss 0, NaN
-        text += "; not fp16: activations of ChatGLM3 and GLM-4 pass its largest number"
-    return text
+def _kinds(folder: Path) -> list[str]:
+    """How this model's weights can be packed, the most bytes first."""
+    kept = families.published_quant(folder)
+    own = families.family_of(folder).config.get("model_type") in families.ROUNDED
+    kinds = [kind for kind in families.QUANTS if own or not kind.startswith("chatglm")]
+    return [kept] if kept else sorted(kinds, key=lambda kind: -estimate.PACKED[kind])
+
+
+def _advice(folder: Path, device: Any) -> str:
+    usual, overflows = families.pick_precision("auto", device), families.fp16_overflows(folder)
+    return f"{usual} on this machine ({device})" + (f"; not {overflows}" if overflows else "")

@@ -1,6 +1,7 @@
 """Errors that the user can mend. The command line prints their message and exits with 2."""
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -13,6 +14,22 @@ class UserError(ValueError):
 
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM, after a checkpoint was written (exit code 130). The message says where."""
+
+
+class _Short(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = 60
+        self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdict = 4
+        self.maxlevel = 2
+
+
+def shown(value: object) -> str:
+    """A value as Python writes it, cut before it is written: what came may be of any size and depth."""
+    return _SHORT.repr(value)
+
+
+_SHORT = _Short()
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:

@@ -5,7 +5,7 @@ bench/memory.py compares it with measured peaks (bench/results/memory.txt). Noth
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,9 @@ class Shape:
     @classmethod
     def of(cls, config: dict, parameters: int, trainable: int, linear: int | None = None) -> "Shape":
         config = {**config, **config.get("text_config", {})}
+        for name in ("intermediate_size", "num_attention_heads", "num_key_value_heads"):  # one for each layer, in some families
+            if isinstance(config.get(name), list):
+                config[name] = max(config[name])
         hidden = config.get("hidden_size") or config.get("n_embd") or 1
         layers = config.get("num_hidden_layers") or config.get("n_layer") or 1
         heads = config.get("num_attention_heads") or config.get("n_head") or 1
@@ -214,20 +217,24 @@ def _smaller(shape: Shape, how: Setting) -> Iterator[tuple[str, tuple[Shape, Set
         yield " ".join([*said, f"max_length={half} too_long=skip optim.micro_tokens={half}"]), (shape, how)
 
 
-FITS = (  # what people try, from the most to the least demanding: method, quant, optimizer, checkpointing
-    ("full", None, "adamw", False), ("full", None, "adamw8bit", True), ("freeze", None, "adamw", True), ("lora", None, "adamw", False),
-    ("lora", None, "adamw", True), ("prefix", None, "adamw", True), ("lora", "int8", "adamw", True), ("lora", "nf4", "adamw", False),
-    ("lora", "nf4", "adamw", True),
+FITS = (  # what people try, from the most to the least demanding: method, optimizer, checkpointing; the last three also beside packed weights
+    ("full", "adamw", False), ("full", "adamw8bit", True), ("freeze", "adamw", True), ("lora", "adamw", False), ("lora", "adamw", True),
+    ("prefix", "adamw", True),
 )  # fmt: skip
 LENGTHS = (8192, 4096, 2048, 1024, 512, 256, 128)
 
 
-def fitting(shape: Shape, available: float, reads: int | None = None) -> list[dict[str, Any]]:
+def fitting(
+    shape: Shape, available: float, reads: int | None = None, kinds: Sequence[str] = ("int8", "nf4"), published: bool = False
+) -> list[dict[str, Any]]:
     """For `glmtune doctor MODEL --fit`: of each usual way to tune, the longest rows that fit one at a time, and how many of them at once.
 
-    reads: the model's positions, where they are known. On a card: a CPU needs more, for its heap has holes."""
+    reads: the model's positions, where they are known. kinds: how its weights can be packed; published: they are, so that no step can
+    change them. On a card: a CPU needs more, for its heap has holes."""
     found, lengths = [], sorted({min(n, reads or n) for n in LENGTHS}, reverse=True)
-    for kind, quant, optimizer, checkpointing in FITS:
+    plain = [(kind, None, *how) for kind, *how in FITS if not (published and trains_base(kind))]
+    packed = [(kind, quant, *how) for quant in kinds for kind, *how in FITS[-3:]]
+    for kind, quant, optimizer, checkpointing in [*plain, *packed]:
         usual = METHODS[kind].usual
         assert usual is not None
         trainable, depth = usual(shape)

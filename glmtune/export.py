@@ -9,10 +9,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from . import adapters, data, estimate, families, gguf, merging, methods
+from . import adapters, data, estimate, families, files, gguf, merging, methods
 from .chat import Template, align
 from .errors import UserError
+from .families import weights
 from .run import load_run
+from .tensors import finite
 
 SHARD_GB = 4.0  # largest weight file of a folder
 
@@ -49,6 +51,7 @@ def export(
         raise UserError(f"--to {to}: a GGUF is one file with the adapter merged, and its numbers are named by --outtype; leave out --dtype, --shard-size and --unmerged")  # fmt: skip
     if outtype is not None and not single:
         raise UserError(f"--outtype {outtype} is for a GGUF file: give --to NAME.gguf, or choose --dtype for a folder")
+    families.as_dtype(dtype)  # refuses what is none
     if single:
         gguf.check_outtype(outtype or "f16")
     if to.exists() and (single or not to.is_dir() or any(to.iterdir())):
@@ -60,10 +63,12 @@ def export(
     place = families.locate(model, adapter, say)
     if unmerged and place.adapter is None:
         raise UserError(f"{model} has no adapter that could be left unmerged; leave --unmerged out")
-    template = families.open_template(place.tokenizer, place.template) if families.has_tokenizer(place.tokenizer) else None
+    template = (
+        families.open_template(place.tokenizer, place.template, now=place.now) if families.has_tokenizer(place.tokenizer) else None
+    )
     if single:
         return _to_gguf(place, template, to, outtype or "f16", rounding, say)
-    loaded = families.load_model(place.base, dtype=dtype, device="cpu")
+    loaded = _loaded(place, template, dtype)
     kept = loaded.dtype
     estimate.refuse_room(to, families.num_parameters(place.base) * kept.itemsize)
     if place.adapter is not None and unmerged:  # whether it fits
@@ -71,11 +76,9 @@ def export(
         methods.unload(methods.load(loaded, place.adapter))
     elif place.adapter is not None:
         _merge(loaded, place, template, rounding, False, say)
-    work = to.with_name(f".{to.name}.part")
-    shutil.rmtree(work, ignore_errors=True)
-    try:
+    _refuse_odd(loaded, place)
+    with files.new_folder(to) as work:
         say(f"writing {families.num_parameters(place.base) / 1e6:.0f} M parameters as {str(kept).removeprefix('torch.')} ...")
-        work.mkdir(parents=True)
         methods.save_full(loaded, work, f"{shard_gb:g}GB")
         if template is None:
             say(f"warning: {place.base} holds no tokenizer, so {to} gets none")
@@ -83,12 +86,7 @@ def export(
             families.save_tokenizer(place.base, template, work)
         if unmerged and place.adapter is not None:
             _copy_adapter(place.adapter, work / "adapter", to)
-        (work / "README.md").write_text(_readme(place, loaded, to, unmerged), encoding="utf-8")
-        if to.exists():
-            to.rmdir()
-        work.rename(to)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        files.whole(work / "README.md", _readme(place, loaded, to, unmerged))
     return to
 
 
@@ -111,6 +109,32 @@ def _merge(
         say(f"merged {place.adapter} into the weights; what is left of its effect was not measured: there is no tokenizer")
 
 
+def _loaded(place: families.Place, template: Template | None, dtype: str) -> Any:
+    """The base, with rows for all tokens of what is exported with it (an adapter may bring its own tokenizer)."""
+    loaded = families.load_model(place.base, dtype=dtype, device="cpu")
+    if template is not None:
+        families.check_rows(place.tokenizer, template.tokens, loaded.get_input_embeddings().weight.shape[0])
+    return loaded
+
+
+def _refuse_odd(loaded: Any, place: families.Place) -> None:
+    """Raises UserError for a model that holds what is no number: it can only write nonsense, wherever it is run."""
+    odd = next((name for name, tensor in loaded.state_dict().items() if not finite(tensor)), None)
+    if odd is None:
+        return
+    item = families.source_of(place.base, odd)
+    if item is None or not finite(weights.Reader().read(item)):
+        raise UserError(
+            f"{place.base if item is None else item.path}: {odd} holds numbers that are not finite; the file is damaged, or its training "
+            "broke down: copy it again, or take an older checkpoint"
+        )
+    merged = "" if place.adapter is None else f" with {place.adapter} merged"
+    raise UserError(
+        f"{odd}{merged} holds numbers that {str(loaded.dtype).removeprefix('torch.')} cannot; export with --dtype bf16 or fp32, a GGUF with "
+        "--outtype bf16 or f32"
+    )
+
+
 ASKED = ("What is the capital of France?", "Write a short poem about the sea.", "你是谁？", "请介绍一下北京。")
 
 
@@ -126,7 +150,7 @@ def _texts(place: families.Place, template: Template) -> tuple[list[Any], str]:
         if (folder / "run.yaml").is_file():
             with contextlib.suppress(UserError):  # its data may be elsewhere now
                 run = load_run(folder / "run.yaml")
-                flow = data.stream(run.data, system=run.system, variables=run.variables, registry=run.registry, all_variables=False)
+                flow = data.stream(run.data, system=run.system, variables=run.variables, registry=run.registry, elsewhere=None)
                 return [template.encode(row) for _, row in islice(flow, 8)], f"the first rows of {run.data[0].path}"
     prompts = [template.prompt([*system, {"role": "user", "content": question}]) for question in ASKED]
     return [align(ids, [0.0] * len(ids), "") for ids in prompts], "four general questions (no rows of the run are there)"
@@ -142,9 +166,10 @@ def _to_gguf(
     gguf.check(families.load_model(place.base, device="meta"))
     # A merged weight is rounded once, to what the file holds (q8_0's steps are far wider than fp16's).
     merged = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "q8_0": "fp16"}[outtype]
-    loaded = families.load_model(place.base, dtype="auto" if place.adapter is None else merged, device="cpu")
+    loaded = _loaded(place, template, "auto" if place.adapter is None else merged)
     if place.adapter is not None:
         _merge(loaded, place, template, rounding, True, say)
+    _refuse_odd(loaded, place)
     if place.system:
         say(f"it was trained with the system prompt: {place.system!r}; give it to llama.cpp too")
     say(f"writing {families.num_parameters(place.base) / 1e6:.0f} M parameters as {outtype} ...")
@@ -156,14 +181,14 @@ def _copy_adapter(adapter: Path, target: Path, base: Path) -> None:
     if config.get("peft_type") not in adapters.READS:  # a method from outside knows its own files
         shutil.copytree(adapter, target)
         config["base_model_name_or_path"] = str(base.resolve())
-        methods.write_text(target / "adapter_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        files.whole(target / "adapter_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         return
     target.mkdir()
     _, config, tensors = adapters.open_folder(adapter)
-    methods.write_tensors(tensors, target / "adapter_model.safetensors")
+    methods.write_tensors(tensors, target / "adapter_model.safetensors", families.fingerprint(target.parent))
     methods.compare(tensors, target / "adapter_model.safetensors")
     config["base_model_name_or_path"] = str(base.resolve())
-    methods.write_text(target / "adapter_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    files.whole(target / "adapter_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def _readme(place: families.Place, model: Any, to: Path, unmerged: bool) -> str:

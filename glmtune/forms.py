@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from . import reading as files
 from . import tools
@@ -34,6 +34,7 @@ class Reading:
     join: str = "\n"
     format: str | None = None
     columns: dict[str, str] | None = None
+    header: bool = False  # the keys are the first line of a CSV file, which may as well be a row
     chosen: "tuple[Form, Callable[[Any], Form]] | None" = None  # by `choose_forms`, from more rows than a reader has at once
 
 
@@ -55,6 +56,7 @@ NAMES: dict[str, dict[str, str]] = {  # in the order in which they are tried
     "alpaca": {"prompt": "instruction", "input": "input", "response": "output", **_ASKED},
     "dolly": {"prompt": "instruction", "input 2": "context", "response": "response", **_ASKED},
     "preference": {"prompt": "prompt", **_ASKED},  # the prompt may also stand inside both answers
+    "preference_messages": {"chosen": "chosen_messages", "rejected": "rejected_messages", **_COMMON},  # LLaMA-Factory's v1
     "saferlhf": {"prompt": "prompt", **_TWO, "better": "better_response_id", **_COMMON},
     "saferlhf_safe": {"prompt": "prompt", **_TWO, "better": "safer_response_id", **_COMMON},
     "question-answer": {"prompt": "question", "response": "answer", **_ASKED},
@@ -69,7 +71,7 @@ NAMES: dict[str, dict[str, str]] = {  # in the order in which they are tried
 }
 _PAIRS = [name for name in NAMES if "-" in name]  # said as the columns that they are
 _FREE = ("firefly", "adgen")  # keys that may mean anything unless both are there
-_PREFERENCES = ("preference", "saferlhf", "saferlhf_safe")  # these have no single answer
+_PREFERENCES = ("preference", "preference_messages", "saferlhf", "saferlhf_safe")  # these have no single answer
 _OWN_KEYS: dict[Want, dict[str, str]] = {"preferences": {"chosen": "chosen", "rejected": "rejected"}, "labels": {"label": "label"}}
 _LABEL_KEYS = ("label", "kto_tag")
 _NEEDS: dict[Want, tuple[str, ...]] = {
@@ -110,7 +112,7 @@ class Form:
 
 
 def _form(name: str, want: Want, label: str = "label") -> Form:
-    own = {} if "better" in NAMES[name] else _OWN_KEYS.get(want, {})
+    own = {} if {"better", "chosen"} & NAMES[name].keys() else _OWN_KEYS.get(want, {})
     names = NAMES[name] | own | ({"label": label} if want == "labels" else {})
     return Form("columns" if name in _PAIRS else name, names)
 
@@ -138,11 +140,12 @@ def recognise(row: dict[str, Any], want: Want) -> Form | None:
 def _fits(name: str, form: Form, row: dict[str, Any], need: Want) -> bool:
     if "better" in form.names:
         return need == "preferences" and {*_TWO.values(), form.names["better"]} <= row.keys()
+    if "chosen" in NAMES[name]:
+        return need == "preferences" and {NAMES[name]["chosen"], NAMES[name]["rejected"]} <= row.keys()
     pair = "chosen" in row and "rejected" in row
-    if need == "preferences" and name != "preference":
-        two = row.get("output") if form.names.get("response") == "output" else None
-        if not pair and not (isinstance(two, list) and len(two) == 2):
-            return False
+    ranked = form.names.get("response") == "output" and is_ranking(row.get("output"))
+    if need == "preferences" and name != "preference" and not pair and not ranked:
+        return False
     if name == "belle":
         return _has_rounds(row["instruction"])
     if name in _FREE:
@@ -160,8 +163,15 @@ def shape(row: dict[str, Any]) -> tuple[Any, ...]:
         *row,
         _has_rounds(row.get("instruction")),
         _has_rounds(row.get("chosen")),
-        *(type(row.get(key)) for key in ("chosen", "output")),
+        isinstance(row.get("chosen"), str),
+        is_ranking(row.get("output")),
     )
+
+
+def is_ranking(value: Any) -> TypeGuard[list[Any]]:
+    """Whether an answer is a list of answers, the best first, and not a list of messages. Their number does not count here: a row with
+    one answer is a preference row that lacks the other."""
+    return isinstance(value, list) and not any(isinstance(one, dict) for one in value)
 
 
 def open_file(path: Path, name: str, columns: dict[str, str] | None = None) -> File:
@@ -169,7 +179,7 @@ def open_file(path: Path, name: str, columns: dict[str, str] | None = None) -> F
 
     def is_row(value: dict[str, Any]) -> bool:
         asked = [key for name, key in (columns or {}).items() if name in ("messages", "prompt", "text")]
-        return any(key in value for key in asked) or any(recognise(value, want) for want in ("prompts", "preferences"))
+        return any(key in value for key in asked) or any(recognise(value, want) for want in ("prompts", "preferences", "text"))
 
     file = files.open_file(path, name, is_row)
     return replace(file, items=map(_shallow, file.items))
@@ -258,12 +268,15 @@ def choose_forms(rows: list[Any], reading: Reading, times: Sequence[int] = ()) -
             known[own] = recognise(row, want)
         return known[own]
 
-    found, counts = [], Counter[int]()
+    counts = Counter[int]()
     for row, count in zip(rows, times or repeat(1)):
-        if one := find(row):
-            found.append(one)
-            counts[id(one)] += count
-    main = max(found, key=lambda one: counts[id(one)]) if found else _nearest_form(rows, want)
+        counts[id(find(row))] += count
+    found = [
+        form for form in _FORMS.values() if id(form) in counts
+    ]  # in the order of the table, so that the rows' own does not count
+    main = (
+        max(found, key=lambda one: counts[id(one)]) if found else _nearest_form(zip(rows, times or repeat(1)), want, reading.header)
+    )
 
     def form_of(row: Any) -> Form:
         return find(row) or main
@@ -271,35 +284,90 @@ def choose_forms(rows: list[Any], reading: Reading, times: Sequence[int] = ()) -
     return main, form_of
 
 
-def _nearest_form(rows: list[Any], want: Want) -> Form:
-    """No row is whole: a form whose question is there, so that the error names the key that is missing; else an error."""
-    objects = [row for row in rows if isinstance(row, dict)]
-    if not objects:
+def _nearest_form(rows: Iterable[tuple[Any, int]], want: Want, header: bool) -> Form:
+    """No row is whole: a form whose question is there, so that the error names the key that is missing; else an error. Which one
+    follows from how many rows are near to it, never from which row stands first.
+
+    rows: each with the number of rows that it stands for.
+    """
+    near, keys = Counter[str](), Counter[tuple[str, ...]]()
+    examples: dict[tuple[str, ...], dict[str, Any]] = {}
+    for row, count in rows:
+        if isinstance(row, dict):
+            near[_near(row)] += count
+            keys[tuple(row)] += count
+            examples.setdefault(tuple(row), row)
+    if not keys:
         return _FORMS["alpaca", want]  # every row is refused as not-an-object
-    keys = list(objects[0])
+    row = examples[max(sorted(keys), key=lambda one: keys[one])]
     if want == "text":
-        raise DataError("unknown-form", f"no key 'text' in the keys {some(keys)}{_text_hint(want)}")
-    if recognise(objects[0], "preferences"):
-        return _FORMS["alpaca", want]  # refused with the stage that it needs
-    near = recognise(objects[0], "answers") or recognise(objects[0], "prompts")
+        if header:
+            raise DataError(
+                "unknown-form", f"{_header_said(row)}; if it is one, name the key that holds the text: columns: {{text: KEY}}"
+            )
+        raise DataError("unknown-form", f"no key 'text' in the keys {some(list(row))}{_text_hint(want)}")
+    del near[""]
     if near:
-        name = next(name for name in NAMES if NAMES[name] == near.names)
-        return _FORMS[name, want]
-    if "text" in keys:
-        raise DataError("unknown-form", f"plain text (keys {some(keys)}) has no question and no answer{_text_hint(want)}")
+        return _FORMS[max((name for name in ("alpaca", *NAMES) if name in near), key=lambda name: near[name]), want]
+    if "text" in row:
+        raise DataError("unknown-form", f"plain text (keys {some(list(row))}) has no question and no answer{_text_hint(want)}")
+    columns = _columns_to_paste(row, want)
+    if header:
+        raise DataError("unknown-form", f"{_header_said(row)}; if it is one, name its columns: {columns}")
     shown = [_FORMS[name, want] for name in NAMES if name not in _PAIRS and (name not in _PREFERENCES or want == "preferences")]
     known = ", ".join(form.describe(form.names.values()) for form in shown)
-    raise DataError(
-        "unknown-form", f"no known form in the keys {some(keys)}\nknown: {known}\nor name the keys: {_columns_to_paste(keys)}"
+    raise DataError("unknown-form", f"no known form in the keys {some(list(row))}\nknown: {known}\nor name the keys: {columns}")
+
+
+def _near(row: dict[str, Any]) -> str:
+    """The form that a row comes nearest to, "" where it has not even a question."""
+    if recognise(row, "preferences"):
+        return "alpaca"  # refused with the stage that it needs
+    form = recognise(row, "answers") or recognise(row, "prompts")
+    return next((name for name in NAMES if form and NAMES[name] == form.names), "")
+
+
+def _header_said(names: Iterable[str]) -> str:
+    """Of a CSV file whose first line has no known name in it."""
+    return (
+        f"the first line is read as the header, and none of {some(list(names))} is the name of a known column; is the header missing? "
+        "Then write one above it, such as: instruction,output"
     )
 
 
-def _columns_to_paste(keys: list[str]) -> str:
-    names = (keys + ["QUESTION_KEY", "ANSWER_KEY"][len(keys) :])[:2] if len(keys) < 2 else keys
-    prompt = next((key for key in names if re.search("prompt|quest|query|instr|input|user|问|source", key, re.I)), names[0])
-    rest = [key for key in names if key != prompt]
-    response = next((key for key in rest if re.search("resp|answ|output|compl|target|reply|assist|答", key, re.I)), rest[0])
-    return f"columns: {{prompt: {prompt}, response: {response}}}"
+_ASKS = re.compile("prompt|quest|query|instr|input|user|问", re.IGNORECASE)
+_ANSWERS = re.compile("resp|answ|output|compl|target|reply|assist|答", re.IGNORECASE)
+_REJECTED = re.compile("reject|dispref|worse|worst|los(?:e|ing|t)|negativ|(?:^|_)bad|拒", re.IGNORECASE)
+_CHOSEN = re.compile("chos|prefer|better|best|win|accept|positiv|(?:^|_)good", re.IGNORECASE)
+_ABOUT = re.compile(
+    "(?:^|[_ -])(?:id|idx|index|uuid|url|source|lang|language|type|category|date|time|model|score|rating)s?$", re.IGNORECASE
+)
+
+
+def _columns_to_paste(row: dict[str, Any], want: Want) -> str:
+    """Columns as far as their names tell what they are. Where several could be meant none is named: whoever pastes it must not learn
+    a rejected answer, or lose a text."""
+    texts = [
+        key for key, value in row.items()
+        if (isinstance(value, str) or (isinstance(value, list) and value and isinstance(value[0], dict))) and not _ABOUT.search(key)
+    ]  # fmt: skip
+    rejected = [key for key in row if _REJECTED.search(key)]
+    chosen = [key for key in row if _CHOSEN.search(key) and key not in rejected]
+
+    def only(keys: list[str], otherwise: str) -> str:
+        key = keys[0] if len(keys) == 1 else otherwise
+        return key if re.fullmatch(r"[^\W\d][\w-]*", key) else json.dumps(key, ensure_ascii=False)
+
+    asks = [key for key in texts if _ASKS.search(key) and not _ANSWERS.search(key) and key not in (*chosen, *rejected)]
+    if rejected or want == "preferences":
+        prompt = f"prompt: {only(asks, 'QUESTION_KEY')}, " if asks or not _are_conversations(row, [*chosen, *rejected]) else ""
+        return f"columns: {{{prompt}chosen: {only(chosen, 'BETTER_KEY')}, rejected: {only(rejected, 'WORSE_KEY')}}}"
+    answers = [key for key in texts if _ANSWERS.search(key) and key not in asks]
+    return f"columns: {{prompt: {only(asks, 'QUESTION_KEY')}, response: {only(answers, 'ANSWER_KEY')}}}"
+
+
+def _are_conversations(row: dict[str, Any], keys: list[str]) -> bool:
+    return bool(keys) and all(isinstance(row[key], list) for key in keys)
 
 
 # --- a row -> Conversation | Preference | Labelled | Document -----------------------------------------------------------
@@ -334,7 +402,9 @@ def _asked(row: dict[str, Any], names: dict[str, str], join: str) -> list[Turn]:
         return _rounds(_text(row, names["rounds"]))
     turns, key = _history(row, names.get("history")), names.get("prompt")
     more = [names[name] for name in ("input", "input 2") if name in names and row.get(names[name]) is not None]
-    if key in row and isinstance(row[key], list):  # TRL's conversational prompt
+    if (
+        key in row and isinstance(row[key], list) and not all(isinstance(one, str) for one in row[key])
+    ):  # TRL's conversational prompt
         for one in more:
             if _text(row, one).strip():
                 raise DataError("wrong-type", f"'{one}' is filled beside messages in '{key}'; put it into the last question")
@@ -357,8 +427,8 @@ def _answers(row: dict[str, Any], names: dict[str, str], want: Want) -> list[tup
             continue
         elif key != "output":
             made += [(f"{key}[{i}]", [Turn("assistant", one)]) for i, one in enumerate(value)]
-        elif len(value) == 2:
-            raise DataError("preference-row", f"'{key}' is a preference row's [chosen, rejected]; {_STAGES['preferences']}")
+        elif len(value) >= 2:
+            raise DataError("preference-row", f"'{key}' is a preference row's [chosen, rejected, ...]; {_STAGES['preferences']}")
         else:
             made.append(("", [Turn("assistant", _text(row, key))]))
     if not made and keys and want != "prompts":
@@ -370,9 +440,11 @@ def _preference(row: dict[str, Any], names: dict[str, str], join: str) -> Prefer
     asked = _asked(row, names, join)
     keys = names.get("chosen", "chosen"), names.get("rejected", "rejected")
     response = names.get("response", "")
-    if isinstance(pair := row.get(response), list) and len(pair) == 2 and not row.keys() & set(keys):
-        keys = f"{response}[0]", f"{response}[1]"
-        row = {**row, keys[0]: pair[0], keys[1]: pair[1]}
+    meta = {}
+    ranked = row.get(response)
+    if is_ranking(ranked) and not row.keys() & set(keys):
+        keys, row = _first_two(row, response)
+        meta = {RANKED: len(ranked)} if len(ranked) > 2 else {}
     if "better" in names:
         keys = _better_first(row, names)
     for key in keys:
@@ -394,7 +466,24 @@ def _preference(row: dict[str, Any], names: dict[str, str], join: str) -> Prefer
             )
         if not said[-1].text.strip() and not said[-1].extra.get("tool_calls"):
             raise DataError("empty-answer", f"'{key}' is empty")
-    return Preference(_whole(asked + chosen[:shared], row, names), chosen[-1], rejected[-1])
+    return Preference(_whole(asked + chosen[:shared], row, names), chosen[-1], rejected[-1], meta=meta)
+
+
+RANKED = "ranked"  # in `meta`: of how many answers, the best first, a pair is the first two
+
+
+def _first_two(row: dict[str, Any], key: str) -> tuple[tuple[str, str], dict[str, Any]]:
+    """The better and the worse of two or more answers in a list, the best first: the first two, as ChatGLM-Efficient-Tuning and
+    LLaMA-Factory took them."""
+    ranked = row[key]
+    if len(ranked) < 2:
+        has = "one answer" if ranked else "no answers"
+        raise DataError("preference-row", f"'{key}' has {has}; a preference row has two or more, the best first")
+    named = {f"{key}[{i}]": one for i, one in enumerate(ranked)}
+    for name in named:
+        _text(named, name)
+    first, second = list(named)[:2]
+    return (first, second), {**row, **named}
 
 
 def _require_said(asked: list[Turn], conversation: list[Turn], keys: tuple[str, str]) -> None:
@@ -559,6 +648,7 @@ def _message(message: Any, number: int) -> list[Turn]:
     own = (
         _plain(message.get("role")) == "tool" and "parameters" in message and "observation" in message
     )  # ChatGLM3's call with its result
+    _refuse_media(message, (), place)
     for key in (role_key,) if called or own else (role_key, text_key):  # a call may stand without any text
         if key not in message:
             raise DataError(
@@ -568,7 +658,7 @@ def _message(message: Any, number: int) -> list[Turn]:
     learn = message.get("learn")
     if learn is not None and not isinstance(learn, bool):
         raise DataError("wrong-type", f"message {number}: 'learn' must be true or false, not {_show(learn)}")
-    how: dict[str, Any] = {"learn": learn, "weight": _number(message, "weight", place)}
+    how = _how_learned(message, learn, given, place)
     if own:
         result = message["observation"]
         result = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
@@ -576,14 +666,37 @@ def _message(message: Any, number: int) -> list[Turn]:
         return [Turn("assistant", "", extra={"tool_calls": _calls(call, number, given)}, **how), Turn("tool", result)]
     if _plain(given) in _CALLERS:
         return [Turn("assistant", "", extra={"tool_calls": _calls(message[text_key], number, given)}, **how)]
-    known = (role_key, text_key, "learn", "weight", "tool_calls", "function_call")
+    known = (role_key, text_key, "learn", "weight", "loss_weight", "tool_calls", "function_call")
     extra = {key: value for key, value in message.items() if key not in known}
     if called:
         extra["tool_calls"] = _calls(called, number, given)
     if "tools" in extra:
         extra["tools"] = _schemas(message, "tools", place)
-    text = "" if called and message.get(text_key) is None else _text(message, text_key, place)
-    return [Turn(_role(given, number), text, extra=extra, **how)]
+    role = _role(given, number)
+    content = message.get(text_key)
+    if is_parts(content) and role == "assistant":
+        text, more = _parts(content, number, given, place)
+        if both := extra.keys() & more.keys():
+            raise DataError("wrong-type", f"{place}'{min(both)}' stands beside the content and in it; keep one of the two")
+        return [Turn(role, text, extra={**extra, **more}, **how)]
+    text = "" if called and content is None else _text(message, text_key, place)
+    return [Turn(role, text, extra=extra, **how)]
+
+
+def _how_learned(message: dict[str, Any], learn: bool | None, role: Any, place: str) -> dict[str, Any]:
+    """Turn's `learn` and `weight`. LLaMA-Factory's v1 says `loss_weight` of every message: 1 of an answer and 0 of all else say what
+    is usual, so the run's own `learn:` decides."""
+    weight = _weight(message, "weight", place)
+    if message.get("loss_weight") is None:
+        return {"learn": learn, "weight": weight}
+    if "weight" in message or learn is not None:
+        raise DataError(
+            "wrong-type", f"{place}'loss_weight' stands beside '{'learn' if learn is not None else 'weight'}'; keep one"
+        )
+    weight = _weight(message, "loss_weight", place)
+    if weight == (1.0 if _SPEAKERS.get(_plain(role)) == "assistant" else 0.0):
+        return {"learn": None, "weight": 1.0}
+    return {"learn": weight > 0, "weight": weight or 1.0}
 
 
 def _calls(value: Any, number: int, given: Any) -> list[dict[str, Any]]:
@@ -614,7 +727,7 @@ def _plain(role: Any) -> str:
 
 def _text(row: dict[str, Any], key: str, where: str = "") -> str:
     value = row[key]
-    if isinstance(value, list) and value and all(isinstance(part, dict) and "type" in part for part in value):
+    if is_parts(value):
         value = "".join(_part(part, number, where) for number, part in enumerate(value, 1))
     if not isinstance(value, str):
         nested = "; use a JSON string, or pick other keys with columns:" if isinstance(value, list | dict) else ""
@@ -624,13 +737,57 @@ def _text(row: dict[str, Any], key: str, where: str = "") -> str:
     return value
 
 
+def is_parts(value: Any) -> TypeGuard[list[dict[str, Any]]]:
+    """Whether a content is a list of parts, as OpenAI and LLaMA-Factory's v1 write it."""
+    return isinstance(value, list) and bool(value) and all(isinstance(part, dict) and "type" in part for part in value)
+
+
+def _parts(parts: list[dict[str, Any]], number: int, given: Any, where: str) -> tuple[str, dict[str, Any]]:
+    """The text of an answer in parts, and what else they say: v1 has the thought and the calls among them."""
+    texts, thoughts, calls = [], [], []
+    for place, part in enumerate(parts, 1):
+        if part["type"] == "reasoning":
+            thoughts.append(_part({**part, "type": "text"}, place, where))
+        elif part["type"] == "tool_call":
+            calls += _calls(part.get("value"), number, given)
+        else:
+            texts.append(_part(part, place, where))
+    extra = {"reasoning_content": "".join(thoughts), "tool_calls": calls}
+    return "".join(texts), {key: value for key, value in extra.items() if value}
+
+
 def _part(part: dict[str, Any], number: int, where: str) -> str:
-    """One part of an OpenAI message whose content is a list."""
-    if part["type"] != "text" or not isinstance(part.get("text"), str):
+    """One part of a content: its text stands under `text` (OpenAI) or `value` (LLaMA-Factory's v1)."""
+    if part["type"] not in ("text", "input_text", "output_text"):
         raise DataError(
             "not-text", f"{where}part {number} of the content is of the type {part['type']!r}; only text can be learned"
         )
-    return part["text"]
+    keys = [key for key in ("text", "value") if key in part]
+    if len(keys) != 1:
+        has = "both 'text' and 'value'" if keys else some(list(part))
+        raise DataError("missing-key", f"{where}part {number} of the content needs the key 'text' (or 'value'); it has {has}")
+    return _text(part, keys[0], f"{where}part {number} of the content: ")
+
+
+_MEDIA = re.compile(
+    r"(?:image|picture|photo|video|audio|speech)s?(?:_?(?:url|path|file|filename|bytes|list|data)s?)?|pixel_values", re.IGNORECASE
+)
+
+
+def _refuse_media(row: dict[str, Any], named: Iterable[str], where: str = "") -> None:
+    """Raises DataError for pictures, video and sound beside the texts, which would be trained on as if nothing belonged to them.
+
+    A mark such as <image> in a text alone is a text, and so is a key that is `named` as one.
+    """
+    for key, value in row.items():
+        if _MEDIA.fullmatch(key) and key not in named and _is_filled(value):
+            raise DataError("not-text", f"{where}'{key}' holds pictures, video or sound ({_show(value)}); only text can be learned")
+
+
+def _is_filled(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(map(_is_filled, value))
+    return bool(value) and isinstance(value, str | dict)
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -645,7 +802,10 @@ def _rows(row: dict[str, Any], key: str) -> list[Any]:
     return value
 
 
-def _number(row: dict[str, Any], key: str, where: str = "") -> float:
+WEIGHTS = 1e-6, 1000.0  # the least and the most: what lies between leaves every loss finite in fp32, and other rows a say
+
+
+def _weight(row: dict[str, Any], key: str, where: str = "") -> float:
     value = row.get(key)
     if value is None or value == "":
         return 1.0
@@ -653,9 +813,21 @@ def _number(row: dict[str, Any], key: str, where: str = "") -> float:
         number = float(value) if not isinstance(value, bool | list | dict) else math.nan
     except (ValueError, OverflowError):
         number = math.nan
-    if not (math.isfinite(number) and number >= 0):
-        raise DataError("wrong-type", f"{where}'{key}' must be a number >= 0 (it scales the loss), not {_show(value)}")
+    if not (number == 0 or WEIGHTS[0] <= number <= WEIGHTS[1]):
+        wanted = f"must be a number >= 0 (it scales the loss), and if it is not 0 from {_WEIGHTS}"
+        raise DataError("wrong-type", f"{where}'{key}' {wanted}, not {_show(value)}")
     return number
+
+
+_WEIGHTS = f"{WEIGHTS[0]:.6f} to {WEIGHTS[1]:g}"
+
+
+def _check_weights(record: Record, weight: float) -> None:
+    """A turn's weight and its row's are multiplied."""
+    for number, turn in enumerate(record.turns if not isinstance(record, Document) else (), 1):
+        if (product := turn.weight * weight) and not WEIGHTS[0] <= product <= WEIGHTS[1]:
+            said = f"the weight {turn.weight:g} of turn {number} times the row's {weight:g} is {product:g}"
+            raise DataError("wrong-type", f"{said}; it must be 0 or from {_WEIGHTS}")
 
 
 def _show(value: Any) -> str:
@@ -679,7 +851,8 @@ def parse_rows(row: Any, form: Form, want: Want, join: str = "\n") -> list[Recor
     (`meta["answer"]` says which). Raises DataError (the message has no place in it)."""
     if not isinstance(row, dict):
         raise DataError("not-an-object", f"a row must be a JSON object, this is {_show(row)}")
-    two = next((pair for pair in (("chosen", "rejected"), (*_TWO.values(),)) if {*pair} <= row.keys()), None)
+    _refuse_media(row, form.names.values())
+    two = next((pair for pair in _TWO_KEYS if {*pair} <= row.keys()), None)
     if want in ("answers", "labels") and two and form.names.get("response") not in row:
         raise DataError(
             "preference-row", f"a preference row ({', '.join(two)}) has no single answer to learn; {_STAGES['preferences']}"
@@ -691,8 +864,13 @@ def parse_rows(row: Any, form: Form, want: Want, join: str = "\n") -> list[Recor
         _check(record, form, want)
     if "weight" not in form.names:
         return records
-    weight = _number(row, form.names["weight"])
+    weight = _weight(row, form.names["weight"])
+    for record in records:
+        _check_weights(record, weight)
     return [replace(record, weight=weight) for record in records]
+
+
+_TWO_KEYS = (("chosen", "rejected"), ("chosen_messages", "rejected_messages"), (*_TWO.values(),))
 
 
 def parse_row(row: Any, form: Form, want: Want, join: str = "\n") -> Record:
@@ -736,6 +914,8 @@ def _require_keys(row: dict[str, Any], form: Form, want: Want) -> None:
 
 
 def _mistyped(wanted: str, row: dict[str, Any]) -> str:
+    if any(_REJECTED.search(key) for key in row) and not _REJECTED.search(wanted):
+        return f"; if it has a better and a worse answer, name them: {_columns_to_paste(row, 'preferences')}"
     near = next((key for key in row if did_you_mean(key, [wanted])), None)
     return f"; did you mean '{wanted}' by '{near}'?" if near else ""
 

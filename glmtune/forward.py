@@ -1,4 +1,4 @@
-"""From a micro-batch to its loss: the model's own modules, or the fused path where the model has the common block shape.
+"""From a micro-batch to log-probabilities: the model's own modules, or the fused path where the model has the common block shape.
 
 Both compute the same function (tests/test_fused.py); which one runs follows from the model and the options, never from timing.
 """
@@ -31,21 +31,37 @@ class Forward:
         self.noise = noise_of(model)
         self.plain_head = path == "fused" or self._head_is_plain()
 
-    def nll(self, batch: Batch) -> Tensor:
-        """sum over learned positions of weight * -log p(next token), fp32 scalar."""
-        targets, weights = batch.targets.to(self.device), batch.weights.to(self.device)
+    def logps(self, batch: Batch) -> Tensor:
+        """log p(next token) at the batch's learned positions, [N] fp32, differentiable. `batch.weights` play no part."""
+        targets = batch.targets.to(self.device)
         if self.path == "fused":
-            hidden = fused.hidden_states(self.model, batch.ids[0], batch.lengths, compile=self.compile)
-            return fused.learned_nll(hidden[batch.learned], self.head.weight, targets, weights, compile=self.compile)
-        ids, mask = batch.ids.to(self.device), batch.mask.to(self.device)
-        if self.noise is not None:
-            self.noise.spans = [(row, index, 0, length) for index, (row, length) in enumerate(zip(batch.rows, batch.lengths))]
+            hidden = self.hidden(batch)[batch.learned]
+            return fused.learned_logps(hidden, self.head.weight, targets, compile=self.compile)
         learned = batch.learned.to(self.device)
         if self.plain_head:
-            hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            return losses.nll(hidden.flatten(0, 1)[learned], self.head.weight, targets, weights)
-        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        return losses.nll_of_logits(logits.flatten(0, 1)[learned], targets, weights)
+            return losses.logps(self.hidden(batch).flatten(0, 1)[learned], self.head.logits, targets)
+        logits = self.model(**self._inputs(batch)).logits
+        return losses.logps_of_logits(logits.flatten(0, 1)[learned], targets)
+
+    def nll(self, batch: Batch) -> Tensor:
+        """sum over learned positions of weight * -log p(next token), fp32 scalar."""
+        logps = self.logps(batch)
+        return losses.nll(logps, batch.weights.to(self.device), losses.CHUNK if self.plain_head else max(1, len(logps)))
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Hidden states after the final norm, for heads of other kinds: [T, D] of concatenated rows (fused), else [B, S, D]."""
+        if self.path == "fused":
+            return fused.hidden_states(self.model, batch.ids[0], batch.lengths, compile=self.compile)
+        return self.model.base_model(**self._inputs(batch)).last_hidden_state
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        if self.noise is not None:
+            self.noise.spans = [(row, index, 0, length) for index, (row, length) in enumerate(zip(batch.rows, batch.lengths))]
+        return {
+            "input_ids": batch.ids.to(self.device),
+            "attention_mask": batch.mask.to(self.device),
+            "use_cache": False,
+        }
 
     @torch.no_grad()
     def _head_is_plain(self) -> bool:

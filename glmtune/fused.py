@@ -95,15 +95,15 @@ def hidden_states(model: Any, ids_T: Tensor, segments: Sequence[int], *, compile
     return _Stack.apply(_Plan(model, segments, _kernels(compile), keep), x_Td, *adapters)
 
 
-def learned_nll(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weights_N: Tensor, *, compile: bool = False) -> Tensor:
-    """sum_i weights_i * -log softmax(hidden_i @ weight.T)[targets_i], fp32, without ever holding [N, V] logits.
+def learned_logps(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, compile: bool = False) -> Tensor:
+    """log softmax(hidden_i @ weight.T)[targets_i], [N] fp32, without ever holding [N, V] logits.
 
     With a frozen head the gradient with respect to `hidden_ND` is made in the forward, chunk by chunk; with a trained head
     each chunk is recomputed in the backward.
     """
     if not weight_VD.requires_grad:
-        return _FrozenHead.apply(hidden_ND, weight_VD, targets_N, weights_N, _kernels(compile))
-    return losses.nll(hidden_ND, weight_VD, targets_N, weights_N)
+        return _FrozenHead.apply(hidden_ND, weight_VD, targets_N, _kernels(compile))
+    return losses.logps(hidden_ND, lambda hidden: hidden.to(weight_VD.dtype) @ weight_VD.T, targets_N)
 
 
 # ---------------------------------------------------------------------------------------------------- pointwise kernels
@@ -231,28 +231,32 @@ def _token_dimensions(tensor: Tensor) -> list[int]:
 
 
 class _FrozenHead(torch.autograd.Function):
-    """The gradient with respect to the hidden states is made in the forward, so that a chunk's logits live once."""
+    """Row i of the gradient with respect to the hidden states depends on token i alone. It is made in the forward, for a loss of
+    -logps_i each, so that a chunk's logits live once; the backward scales it."""
 
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, targets_N, weights_N, kernels):
-        total = torch.zeros((), dtype=torch.float32)
-        d_ND = torch.empty_like(hidden_ND)
+    def forward(ctx, hidden_ND, weight_VD, targets_N, kernels):
+        logps_N = torch.empty(len(hidden_ND), dtype=torch.float32)
+        d_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden_ND), HEAD_CHUNK):
             part = slice(start, start + HEAD_CHUNK)
-            targets_N1, weights_N1 = targets_N[part].unsqueeze(1), weights_N[part].float().unsqueeze(1)
+            targets_N1 = targets_N[part].unsqueeze(1)
             logits_NV = hidden_ND[part].to(weight_VD.dtype) @ weight_VD.T
             e_NV, top_N1, sum_N1 = kernels.exponentials(logits_NV)
             target_N1 = logits_NV.gather(1, targets_N1).float() - top_N1
-            total += ((sum_N1.log() - target_N1) * weights_N1).sum()
+            logps_N[part] = (target_N1 - sum_N1.log()).squeeze(1)
+            if d_ND is None:
+                continue
             hit = (torch.arange(len(e_NV)), targets_N[part])
             e_NV[hit] = (target_N1.exp() - sum_N1).squeeze(1).to(e_NV.dtype)  # p - 1 at the target, p elsewhere, all times the sum
-            d_ND[part] = (e_NV @ weight_VD) * (weights_N1 / sum_N1)
+            d_ND[part] = (e_NV @ weight_VD) * (1 / sum_N1)
         ctx.d_ND = d_ND
-        return total
+        return logps_N
 
     @staticmethod
-    def backward(ctx, d_total):
-        return ctx.d_ND * d_total, None, None, None, None
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_logps_N):
+        return ctx.d_ND * -d_logps_N.unsqueeze(1), None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------- linear layers and LoRA

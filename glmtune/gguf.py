@@ -5,6 +5,7 @@ with them (src/models, src/llama-vocab.cpp). What it cannot run as the model com
 refused; small differences are said.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from torch import Tensor
 from . import estimate
 from .chat import Template, Tokens
 from .errors import UserError, did_you_mean
+from .files import DiskError
 
 QKV = ("q_proj", "k_proj", "v_proj")
 
@@ -135,9 +137,10 @@ def write(
         _compare(part, {key: (list(tensor.shape), kinds[key], digests[key]) for key, (tensor, _) in tensors.items()})
         part.replace(to)
     except OSError as error:
-        raise UserError(f"{to} could not be written: {error.strerror or error}") from None
+        raise DiskError(to, error) from None
     finally:
-        writer.close()
+        with contextlib.suppress(OSError):  # it tries once more to write what is left
+            writer.close()
         part.unlink(missing_ok=True)
     return to
 
@@ -217,8 +220,11 @@ def _tensors(model: Any, runs: Runs) -> dict[str, tuple[Tensor, int]]:
     names = gguf.get_tensor_name_map(runs.arch, config["num_hidden_layers"])
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config.get("num_key_value_heads") or config["num_attention_heads"]}
     found, strange = {}, []
+    tied = (
+        model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    )  # llama.cpp then takes the embeddings for the head
     for native, tensor in model.state_dict().items():
-        if native == "lm_head.weight" and config["tie_word_embeddings"]:
+        if native == "lm_head.weight" and tied:
             continue
         module, _, leaf = native.rpartition(".")
         layer = module.split(".")[-1]
@@ -267,6 +273,8 @@ def _cast(name: str, tensor: Tensor, heads: int, kind: Kind, size: tuple[int, ..
     if heads:
         tensor = in_pairs(tensor, heads)
     if tensor.dim() == 1:
+        if not tensor.isfinite().all():
+            raise UserError(f"{name} holds numbers that are not finite")
         return np.ascontiguousarray(tensor.float().cpu().numpy()).view(np.uint8)
     data = np.empty(size, np.uint8)
     step = max(1, CHUNK // tensor.shape[-1])

@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
+from . import terminal
 from .errors import UserError
+from .files import told, whole
 
 PAUSES = (1, 2, 4, 8)  # seconds before each new try of a broken connection; from the start again once bytes have come
 
@@ -232,9 +234,7 @@ def _huggingface(repo: Repo, say) -> Path:
         if not fixed:  # last of all: a ref vouches for a complete snapshot
             ref = root / "refs" / repo.revision
             ref.parent.mkdir(parents=True, exist_ok=True)
-            new = ref.with_name(ref.name + ".part")
-            new.write_text(commit)
-            new.replace(ref)
+            whole(ref, commit)
     return folder
 
 
@@ -386,9 +386,7 @@ def _fetch_data(repo: Repo, files: Sequence[File], folder: Path, client: Any, sa
         raise UserError(f"'{repo.asked}' on {repo.site} has {what}{scripts}")
     _transfer(repo, [file for file in files if file.name in wanted], folder, client, say)
     listed = folder.with_name(folder.name + _LIST.format(_slug(repo.pick or "")))
-    new = listed.with_name(listed.name + ".part")
-    new.write_text(json.dumps(wanted), encoding="utf-8")
-    new.replace(listed)
+    whole(listed, json.dumps(wanted))
 
 
 def _fetch_all(repo: Repo, files: Sequence[File], folder: Path, client: Any, say) -> set[str]:
@@ -412,7 +410,6 @@ def _fetch_all(repo: Repo, files: Sequence[File], folder: Path, client: Any, say
 
 def _transfer(repo: Repo, files: Sequence[File], folder: Path, client: Any, say) -> None:
     from rich import progress
-    from rich.console import Console
 
     files = [file for file in files if not _have(file)]
     total = sum(file.size or 0 for file in files)
@@ -428,7 +425,7 @@ def _transfer(repo: Repo, files: Sequence[File], folder: Path, client: Any, say)
     columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.DownloadColumn())
     columns += (progress.TransferSpeedColumn(), progress.TimeRemainingColumn())
     done = 0
-    with progress.Progress(*columns, console=Console(stderr=True), transient=True, disable=not seen) as bar:
+    with progress.Progress(*columns, console=terminal.console(stderr=True), transient=True, disable=not seen) as bar:
         task = bar.add_task("", total=total)
         for number, file in enumerate(files, 1):
             if not seen and (file.size or 0) > 10_000_000:
@@ -459,7 +456,7 @@ def _fetch(repo: Repo, file: File, client: Any, show: Callable[[int], None]) -> 
             time.sleep(pauses.pop(0))
             continue
         except OSError as error:
-            raise UserError(f"{part} cannot be written: {error.strerror}; what came is kept, the same command continues") from None
+            raise UserError(f"{told(error, part)}; what came is kept, the same command continues") from None
         fault = _fault(part, file)
         if not fault:
             part.replace(file.store)

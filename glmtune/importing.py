@@ -5,21 +5,37 @@ The native layer's A is the same A and its B is B's rows, those that `Family.pla
 DoRA's lengths belong to rows, so they are cut like B.
 """
 
+import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import __version__, families, methods, prefix, prompts
-from .adapters import Adapter, Layer, listed, lora_tensors, new_folder, read, readme, refuse_half, tensors_of, write
+from . import __version__, families, files, methods, prefix, prompts
+from .adapters import (
+    Adapter,
+    Layer,
+    checked,
+    listed,
+    lora_tensors,
+    open_folder,
+    read,
+    readme,
+    refuse_half,
+    refuse_resized,
+    tensors_of,
+    write,
+)
 from .chat import read_object
 from .errors import UserError
 from .families import weights
 from .families.family import Family, Take
-from .tensors import write_text
+from .run import Prefix
 
 Say = Callable[[str], None]
 VALUE_HEADS = ("value_head.bin", "value_head.safetensors")
@@ -33,12 +49,12 @@ def import_adapter(
 ) -> Path:
     """Writes another tool's adapter into the new folder `to` as an adapter of the native model, with the chat format it was trained on.
 
-    old: an adapter folder or its weight file. model: the base, as published (or native); None: what the adapter's config names, if that is a
+    old: an adapter folder or its weight file; LoRA, a prefix of PEFT, or one of the published scripts. model: the base, as published (or native); None: what the adapter's config names, if that is a
     folder here. prompt: a name of PROMPTS or a chat format's; None: recognised, else the model's own. Raises UserError as `read` does, and for
     an adapter of another base.
     """
-    if published := _published_prefix(old):
-        return _import_prefix(published, model, to, prompt, say)
+    if found := _prefix(old):
+        return _import_prefix(*found, model, to, prompt, say)
     adapter = read(old)
     name = str(model) if model is not None else _own_base(adapter)
     base = families.locate(name, say=say).base
@@ -49,38 +65,56 @@ def import_adapter(
         say("left out: the value head (it scored answers and has no part in writing them)")
     if adapter.changes_nothing:
         say(f"warning: this adapter changes nothing: A or B is zero in all {len(adapter.layers)} layers")
-    with new_folder(to) as work:
-        write(work, made, base_name(name, base), families.linear_names(base))
+    with files.new_folder(to) as work:
+        write(work, made, base_name(name, base), families.linear_names(base), families.fingerprint(base))
         about = _keep_form(adapter, base, prompt, work, say)
-        write_text(work / "README.md", readme(name, base, f"LoRA adapter {adapter.folder.name}, {about}imported"))
+        files.whole(work / "README.md", readme(name, base, f"LoRA adapter {adapter.folder.name}, {about}imported"))
     ranks = sorted({layer.rank for layer in made.layers.values()})
     say(f"{len(adapter.layers)} layers became {len(made.layers)}, rank {', '.join(map(str, ranks))}")
     return Path(to)
 
 
-def _published_prefix(old: str | Path) -> Path | None:
-    """The pytorch_model.bin of the published P-Tuning scripts, told by its tensors' names; None for anything else."""
+Put = Callable[[Any], prefix.Encoder]  # onto a model
+
+
+def _prefix(old: str | Path) -> tuple[Path, Any, Put] | None:
+    """Folder, config (empty where there is none) and how it is put on a model: of a prefix of PEFT (or ours), or of the pytorch_model.bin of
+    the published P-Tuning scripts, told by its tensors' names. None for anything else."""
     path = Path(old).expanduser()
+    if families.adapter_config(path if path.is_dir() else path.parent).get("peft_type") == "PREFIX_TUNING":
+        folder, config, tensors = open_folder(path)
+        prefix.check(tensors, config, folder)
+        return folder, config, lambda model: prefix.from_peft(model, tensors, config)
     path = path / "pytorch_model.bin" if path.is_dir() and not (path / "adapter_config.json").is_file() else path
     if not path.is_file() or path.suffix not in (".bin", ".safetensors"):
         return None
-    return path if any(name.startswith(prefix.PUBLISHED) for name in tensors_of(path)) else None
+    # A trainer that wrapped the model leaves its own names in front.
+    held = {
+        re.sub(r"^(module\.|_orig_mod\.|model\.)+(?=transformer\.prefix_encoder\.)", "", str(n)): t
+        for n, t in tensors_of(path).items()
+    }
+    if not any(name.startswith(prefix.PUBLISHED) for name in held):
+        return None
+    checked(held, path)
+    return path.parent, {}, lambda model: prefix.from_published(model, held)
 
 
-def _import_prefix(file: Path, model: str | Path | None, to: str | Path, prompt: str | None, say: Say) -> Path:
+def _import_prefix(
+    folder: Path, config: Any, put: Put, model: str | Path | None, to: str | Path, prompt: str | None, say: Say
+) -> Path:
     """P-Tuning v2. The model is opened, for its rotary functions say how plain PEFT must be given the keys."""
-    if model is None:
+    if model is None and not config:
         raise UserError("--model is missing: a prefix does not say which model it belongs to; give the base's folder or hub id")
-    base = families.locate(model, say=say).base
+    adapter = Adapter(folder, config, {})
+    name = str(model) if model is not None else _own_base(adapter)
+    base = families.locate(name, say=say).base
     opened = families.load_model(base, device="cpu").requires_grad_(False)
-    encoder = prefix.from_published(opened, tensors_of(file))
-    with new_folder(to) as work:
-        methods.save_prefix(opened, work, None, base_name(str(model), base))
-        about = _keep_form(Adapter(file.parent, {}, {}), base, prompt, work, say)
-        write_text(
-            work / "README.md",
-            readme(str(model), base, f"Prefix (P-Tuning v2) {file.parent.name}, {about}imported", prefix.plain_peft(opened)),
-        )
+    encoder = put(opened)
+    with files.new_folder(to) as work:
+        methods.save_adapter(opened, work, Prefix(), base_name(name, base), families.fingerprint(base))
+        about = _keep_form(adapter, base, prompt, work, say)
+        about = f"Prefix (P-Tuning v2) {folder.name}, {about}imported"
+        files.whole(work / "README.md", readme(name, base, about, prefix.plain_peft(opened)))
     say(f"a prefix of {encoder.shape.num_virtual_tokens} virtual tokens" + (", with projection" if encoder.shape.hidden else ""))
     return Path(to)
 
@@ -125,8 +159,10 @@ def fitted(adapter: Adapter, base: Path) -> Adapter:
     )
     if tied:
         refuse_half(adapter.folder, adapter.whole, (embedding, "lm_head.weight"))
+    takes_of = {name: _takes(embedding if tied and name == "lm_head.weight" else name, family, shapes) for name in adapter.whole}
+    refuse_resized(adapter, {name: sum(shapes[take.name][0] for take in takes) for name, takes in takes_of.items() if takes})
     for name, tensor in adapter.whole.items():
-        takes = _takes(embedding if tied and name == "lm_head.weight" else name, family, shapes)
+        takes = takes_of[name]
         if not takes:
             wrong.append(f"{name}: no such tensor in this model, or one that it shares with another")
         elif sum(shapes[take.name][0] for take in takes) != tensor.shape[0] or list(tensor.shape[1:]) != shapes[takes[0].name][1:]:
@@ -225,33 +261,40 @@ def export_published(adapter: str | Path | None, model: str | Path, to: str | Pa
     _one_rank(made, say)
     if held.changes_nothing:
         say("warning: this adapter changes nothing: A or B is zero in all layers")
-    with new_folder(to) as work:
-        write(work, made, model, _published(base))
-        torch.save(lora_tensors(made), work / "adapter_model.bin")
+    with files.new_folder(to) as work:
+        write(work, made, model, _published(base), families.fingerprint(base))
+        files.whole(work / "adapter_model.bin", _pickled(lora_tensors(made)))
         config = read_object(work / "adapter_config.json")
         for key in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora"):  # not known to the peft of that time
             if not config[key]:
                 del config[key]
-        write_text(work / "adapter_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        files.whole(work / "adapter_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         if (held.folder / "chat_template.jinja").is_file():
             shutil.copyfile(held.folder / "chat_template.jinja", work / "chat_template.jinja")
-        write_text(work / "README.md", _published_readme(model, made.dora))
+        files.whole(work / "README.md", _published_readme(model, made.dora))
     return Path(to)
 
 
 def _export_prefix(adapter: Path, model: str, base: Path, to: str | Path) -> Path:
     opened = methods.load(families.load_model(base, device="cpu"), adapter)
     tensors = prefix.published_tensors(opened)
-    with new_folder(to) as work:
-        torch.save(tensors, work / "pytorch_model.bin")
+    with files.new_folder(to) as work:
+        files.whole(work / "pytorch_model.bin", _pickled(tensors))
         tokens = tensors[f"{prefix.PUBLISHED}embedding.weight"].shape[0]
         settings = f"pre_seq_len={tokens}, prefix_projection={len(tensors) > 1}"
-        write_text(
+        files.whole(
             work / "README.md",
             f"Prefix (P-Tuning v2) of {model}, as its published ptuning scripts save it, exported by glmtune {__version__}: load the model with "
             f"`{settings}`, then these tensors.\n\nBack again:\n\n```sh\nglmtune import THIS_FOLDER --model {model} --to NATIVE_ADAPTER\n```\n",
         )
     return Path(to)
+
+
+def _pickled(tensors: dict[str, Tensor]) -> bytes:
+    """A `.bin` file. torch's own writing hides what the disk said."""
+    made = io.BytesIO()
+    torch.save(tensors, made)
+    return made.getvalue()
 
 
 def _fused(adapter: Adapter, item: weights.Stored, takes: list[Take], say: Say) -> Layer:

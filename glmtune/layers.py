@@ -88,6 +88,11 @@ class Linear(nn.Linear):
         y = y * (self.lora_magnitude / self.lengths()).to(y.dtype) if adapted else y
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
+    def logits(self, x: Tensor) -> Tensor:
+        """The plain product in the weight's own dtype, for an output head: a call of the module, so that whoever shards its weight can
+        gather it around the call."""
+        return F.linear(x.to(self.weight.dtype), self.weight)
+
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         bias = None if bias is None else bias.to(self.compute)
         if self.packed is None:

@@ -30,7 +30,8 @@ class Loaded:
         return self
 
     def chat(self, messages: str | Sequence[dict[str, Any]], **sampling: Any) -> str:
-        """The answer to a question or to OpenAI-style messages. sampling: temperature, top_p, max_new_tokens, seed."""
+        """The answer to a question or to OpenAI-style messages. sampling: options of
+        `generate.Sampling` (temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed) in place of the published ones."""
         return "".join(self.stream(messages, **sampling))
 
     def stream(self, messages: str | Sequence[dict[str, Any]], **sampling: Any) -> Iterator[str]:
@@ -53,23 +54,27 @@ def load(
 ) -> Loaded:
     """A model with tokenizer, template and (from a run's folder, or `adapter`) what was trained.
 
-    path_or_id: the built-in model's name, a folder, a hub id, a run's folder or a checkpoint. dtype "auto": fp32 on the CPU where
-    it fits in a third of the memory (adapters then lose nothing), else bf16. quant: how the weights are kept, nf4, int8, chatglm-int4,
-    chatglm-int8 or "none" (16 or 32 bits); None: as the run kept its base, or as the model was published.
+    path_or_id: the built-in model's name, a folder, a hub id, a run's folder or a checkpoint. dtype: bf16, fp16, fp32, torch's names for them,
+    or a torch dtype; "auto": fp32 on the CPU where it fits in a third of the memory (adapters then lose nothing), else bf16. quant: how the
+    weights are kept, nf4, int8, chatglm-int4, chatglm-int8 or "none" (16 or 32 bits); None: as the run kept its base, or as the model was
+    published. Raises UserError: no such model, dtype or device, an adapter that does not fit.
     """
     import torch
 
+    dtype, target = families.as_dtype(dtype), families.pick_device(device)
     place = families.locate(path_or_id, adapter, say)
+    settings = published_settings(place.base, say)  # bad ones are told before the model loads
     if quant is None:
         quant = place.quant or ("keep" if families.published_quant(place.base) else None)
-    target = families.pick_device(device) if isinstance(device, str) else device
     if dtype == "auto":
         import psutil
 
         roomy = target.type == "cpu" and families.num_parameters(place.base) * 4 < psutil.virtual_memory().total / 3
         dtype = torch.float32 if roomy or not families.fast_bf16(target) else torch.bfloat16
-    dtype = families.as_dtype(dtype)
-    template = families.open_template(place.tokenizer, place.template)
+    template = families.open_template(place.tokenizer, place.template, now=place.now)
+    if template.dates:
+        when = "when this run was started" if place.now is not None else "today"
+        say(f"the chat format writes the date into prompts: {', '.join(template.dates)} ({when})")
     model = families.load_model(place.base, dtype=dtype, device=target, quant=None if quant == "none" else quant)
     methods.prepare(model, dtype)
     model.generation_config.eos_token_id = template.stop_ids  # model.generate ends where chat does
@@ -77,6 +82,9 @@ def load(
         methods.load(model, place.adapter)
         if methods.changes_nothing(model):
             say(f"warning: the adapter {place.adapter} changes nothing: all its B are zero, as before training")
+    families.check_rows(
+        place.tokenizer, template.tokens, model.get_input_embeddings().weight.shape[0]
+    )  # an adapter's own tokenizer
     targets = sorted({name.split(".")[-1] for name in methods.blocks(model)})
     tokenizer = families.hf_tokenizer(place.base, template)
-    return Loaded(model, tokenizer, template, targets, place.system, published_settings(place.base))
+    return Loaded(model, tokenizer, template, targets, place.system, settings)

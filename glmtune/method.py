@@ -16,7 +16,7 @@ from typing import Any
 from . import families, options
 from . import run as runs
 from .errors import UserError
-from .run import DEFAULT_LR, Run
+from .run import Run
 
 FUSED = ("llama", "mistral", "qwen2", "qwen3")  # model types with a fused block (fused.py)
 
@@ -66,8 +66,9 @@ class Method:
 
     # Whether what is saved stands beside the base model (OUT/adapter); else it is a whole model (OUT/model).
     adapter: bool = False
-    # (model, folder, options, base): writes it. An adapter's folder holds adapter_config.json with its peft_type and base.
-    save: Callable[[Any, Path, Any, str], None] = _save_whole
+    # (model, folder, options, base, fingerprint): writes it. An adapter's folder holds adapter_config.json with its peft_type and base.
+    # base: the name of the base model for other programs; fingerprint: of its contents (families.fingerprint), where it is known.
+    save: Callable[[Any, Path, Any, str, str | None], None] = _save_whole
     # (model, folder): attaches a saved adapter in place of what is attached, or raises UserError and leaves that as it was.
     load: Callable[[Any, Path], None] | None = None
     # (model): takes an attached adapter off, bit for bit; does nothing where there is none.
@@ -99,10 +100,6 @@ class Method:
     # (shape) -> numbers trained and depth at the usual options, for `doctor --fit`; None: it is not asked there.
     usual: Callable[[Any], tuple[int, float]] | None = None
 
-    # Learning rate where neither the run nor run.DEFAULT_LR has one.
-    lr: float = 1e-4
-    # (options) -> the name under which run.DEFAULT_LR has a rate of its own for these options; None: the kind.
-    variant: Callable[[Any], str | None] = lambda options: None
     # (options, name of a parameter) -> multiplies the scheduled learning rate.
     lr_scale: Callable[[Any, str], float] = lambda options, name: 1.0
 
@@ -120,16 +117,6 @@ def trains_base(kind: str) -> bool:
 def reader(peft_type: Any) -> tuple[str, Method] | None:
     """Kind and record of the method whose saved adapters have this peft_type."""
     return next(((kind, one) for kind, one in METHODS.items() if one.peft_type and one.peft_type == peft_type), None)
-
-
-def learning_rate(run: Run) -> tuple[float, str]:
-    """The default for a run's stage and method, and whose it is in words."""
-    options, record = run.method, of(run.method)
-    for name in filter(None, (record.variant(options), options.kind)):
-        for stage in (run.stage.kind, None):
-            if (stage, name) in DEFAULT_LR:
-                return DEFAULT_LR[stage, name], f"method {name}" + (f" in stage {stage}" if stage else "")
-    return record.lr, f"method {options.kind}"
 
 
 # --- which path computes it ---------------------------------------------------------------------------------------------
@@ -208,6 +195,7 @@ def continued(
         raise UserError(
             f"method.start={options_.start} holds a {found[0] if found else config.get('peft_type')} adapter, this run has method={options_.kind}"
         )
+    check_base("method.start", options_.start, folder)
     found = record.options_of(options_.start)
     given = found.keys() & options_.model_fields_set
     if run.resolved:  # a run file that train wrote has every option in it, the defaults too
@@ -222,6 +210,18 @@ def continued(
             f"{options.said(getattr(options_, wrong))}; leave method.{wrong} out"
         )
     return options_.model_copy(update=found)
+
+
+def check_base(option: str, adapter: str, folder: Path) -> None:
+    """An adapter that a run builds on must have been made for the run's model, where it says for which. Raises UserError."""
+    path = Path(adapter).expanduser()
+    for place in (path, path / "adapter"):
+        known = families.trained_on(place)
+        if known is not None and known != families.fingerprint(folder):
+            raise UserError(
+                f"{option}: {adapter} was trained on another base model than {folder} (their fingerprints differ); give that base as model=, "
+                f"or bring the adapter over to this one: glmtune import {place} --model {folder} --to NEW"
+            )
 
 
 # --- LoRA ---------------------------------------------------------------------------------------------------------------
@@ -289,6 +289,7 @@ def _check_beside(method: Any, folder: Path) -> None:
         if not config or not families.plain_lora(config):
             what = "is not a plain LoRA adapter" if config else "is neither an adapter nor a finished run"
             raise UserError(f"method.under: {given} {what}; only plain LoRA adapters can stay beneath another one")
+        check_base("method.under", given, folder)
 
 
 def _count_lora(method: Any, folder: Path) -> int:
@@ -422,7 +423,6 @@ METHODS: dict[str, Method] = {
         reference=late("methods.reference_prefix"),
         changes_at_start=True,
         usual=lambda shape: (128 * shape.layers * shape.keys, 1.0),
-        variant=lambda method: "prefix with projection" if method.projection else None,
     ),
     "freeze": Method(
         attach=late("methods.attach_freeze"),

@@ -14,23 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import method, prefix
-from .adapters import PREFIX, Adapter, listed, lora, lora_tensors, open_folder, read, refuse_half, shortest
+from . import files, method, prefix
+from .adapters import PREFIX, Adapter, listed, lora, lora_tensors, open_folder, read, refuse_half, refuse_resized, shortest
 from .errors import UserError
 from .families import adapter_config, frozen_choice, load_model, lora_sizes, named_whole, pick_targets, plain_lora, sharing
 from .layers import Embedding, Linear, RowNoise, blocks, prepare, prepared
 from .method import Reference
 from .run import Freeze, Full, Lora, Prefix
-from .tensors import compare, read_tensors, save_full, sync_folder, write_tensors, write_text
+from .tensors import compare, read_tensors, save_full, write_tensors
 
 __all__ = [
     "Embedding",
     "compare",
     "read_tensors",
     "save_full",
-    "sync_folder",
     "write_tensors",
-    "write_text",
 ]  # and all defined here
 
 EXACT_SVD = 2048  # the smaller side of a weight up to which PiSSA decomposes it exactly
@@ -299,15 +297,14 @@ def hold_start(model: nn.Module, options: Any, keep: bool = False, file: Path | 
             wrong = sorted((held.kept.keys() | saved.keys()) - same)
             if wrong:
                 raise UserError(f"{file} is not where this run began: {wrong[0]} is missing, of another size or too much")
-            for name, tensor in held.kept.items():
-                tensor.copy_(
-                    saved[name]
-                )  # into their own memory: tensors out of a file lie unaligned, and products of those round differently
+            for name, tensor in held.kept.items():  # into their own memory: tensors out of a file lie unaligned, and products of
+                tensor.copy_(saved[name])  # those round differently
         else:
-            part = file.with_name(file.name + ".part")
+            part = file.with_name(f".{file.name}.part")
             write_tensors({name: tensor.cpu() for name, tensor in held.kept.items()}, part)
-            part.replace(file)
-            sync_folder(file.parent)
+            with files.naming(file, part):
+                part.replace(file)
+                files.sync_folder(file.parent)
     object.__setattr__(model, "began", held)
 
 
@@ -555,39 +552,41 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def save_adapter(model: nn.Module, folder: Path, options: Any, base: str) -> None:
-    """Writes the adapter of a method, reads it back and compares. `base`: what plain PEFT should open."""
-    method.of(options).save(model, folder, options, base)
+def save_adapter(model: nn.Module, folder: Path, options: Any, base: str, fingerprint: str | None = None) -> None:
+    """Writes the adapter of a method, reads it back and compares. `base`: what plain PEFT should open, and its fingerprint."""
+    method.of(options).save(model, folder, options, base, fingerprint)
 
 
-def save_prefix(model: nn.Module, folder: Path, options: Prefix | None, base: str) -> None:
+def save_prefix(model: nn.Module, folder: Path, options: Prefix, base: str, fingerprint: str | None) -> None:
     lost = [name for name in trainable(model) if not name.startswith("prefix_encoder.")]
-    _write_adapter(folder, prefix.peft_tensors(model), prefix.peft_config(model, base), lost)
+    _write_adapter(folder, prefix.peft_tensors(model), prefix.peft_config(model, base), lost, fingerprint)
 
 
-def save_lora(model: nn.Module, folder: Path, options: Lora, base: str) -> None:
+def save_lora(model: nn.Module, folder: Path, options: Lora, base: str, fingerprint: str | None) -> None:
     tensors = adapter_tensors(model)
     kept = {id(p) for layer in blocks(model).values() for p in (layer.lora_A, layer.lora_B, layer.lora_magnitude)}
     lost = [n for n, p in trainable(model).items() if id(p) not in kept and PREFIX + n not in tensors]
-    _write_adapter(folder, tensors, _lora_config(model, tensors, options, base), lost)
+    _write_adapter(folder, tensors, _lora_config(model, tensors, options, base), lost, fingerprint)
 
 
-def _write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], lost: list[str]) -> None:
+def _write_adapter(
+    folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], lost: list[str], fingerprint: str | None
+) -> None:
     """adapter_model.safetensors and adapter_config.json, in PEFT's layout."""
     if lost or not tensors:
         raise AssertionError(f"these trained tensors are in no adapter: {lost}")
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(tensors, folder / "adapter_model.safetensors")
-    write_text(folder / "adapter_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    write_tensors(tensors, folder / "adapter_model.safetensors", fingerprint)
+    files.whole(folder / "adapter_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     compare(tensors, folder / "adapter_model.safetensors")
 
 
-def save_whole(model: nn.Module, folder: Path, options: Any, base: str) -> None:
+def save_whole(model: nn.Module, folder: Path, options: Any, base: str, fingerprint: str | None) -> None:
     """The whole model, as transformers reads it."""
     save_full(model, folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["dtype"] = "float32"  # of what was trained; the rest may be stored in 16 bits
-    write_text(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    files.whole(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def _lora_config(model: nn.Module, tensors: dict[str, Tensor], options: Lora, base: str) -> dict[str, Any]:
@@ -662,6 +661,7 @@ def _put_lora(model: nn.Module, adapter: Adapter) -> None:
                 f"{name}: A {list(held.A.shape)} and B {list(held.B.shape)} do not fit a layer of {layer.in_features} -> {layer.out_features}"
             )
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    refuse_resized(adapter, {name: len(p) for name, p in parameters.items() if p.dim()})
     for name, tensor in adapter.whole.items():
         packed = layers.get(name.rpartition(".")[0])
         if packed is not None and packed.packed is not None:

@@ -91,7 +91,7 @@ class Scaler:
     whose gradient is not finite is left out and the scale halved (arXiv 1710.03740, section 3.2). Kept in the run's state."""
 
     def __init__(self, state: Any):
-        self.state = state  # training.State: scale, steady
+        self.state = state  # runfolder.State: scale, steady
 
     def unscale(self, parameters: Iterable[nn.Parameter]) -> None:
         for parameter in parameters:

@@ -3,9 +3,7 @@
 Errors are collected, name the option by its dotted path, say what came and what was wanted, and guess what was meant.
 """
 
-import contextlib
 import json
-import os
 import re
 import types
 from collections.abc import Iterator, Sequence
@@ -15,7 +13,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .errors import UserError, did_you_mean
+from .errors import UserError, did_you_mean, shown
+from .files import whole
 
 
 class Options(BaseModel):
@@ -34,8 +33,72 @@ class Choice:
         self.registry = registry
 
 
+LARGEST = 1_000_000  # bytes of a YAML file
+DEEPEST = 100  # levels in it, by aliases too
+MOST = 20_000  # values in it, each as often as aliases say
+
+
+class _Refused(Exception):
+    """What is YAML, and means nothing that a file of options could say."""
+
+
+class _NoValue(_Refused):
+    """A value that is not of the kind that its tag or its looks say (`!!int x`, 2026-99-99)."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `2e-4` as a string; everybody who writes it means a number."""
+    """YAML into plain values, where every key of a group stands once, in bounded time and memory.
+
+    YAML 1.1 reads `2e-4` as a string; everybody who writes it means a number.
+    """
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.depth = 0
+        self.sizes: dict[int, tuple[int, int]] = {}  # values under a node, and levels
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        line, is_alias = self.peek_event().start_mark.line + 1, self.check_event(yaml.AliasEvent)  # type: ignore
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise _Refused(f"not valid YAML: nested too deeply, in line {line}")
+        node: Any = super().compose_node(parent, index)
+        self.depth -= 1
+        if not is_alias:
+            inner = [] if isinstance(node, yaml.ScalarNode) else node.value
+            inner = [one for pair in inner for one in pair] if isinstance(node, yaml.MappingNode) else inner
+            sizes = [self.sizes.get(id(one), (1, 1)) for one in inner]  # of a group that stands within itself nothing is known yet
+            self.sizes[id(node)] = 1 + sum(size for size, _ in sizes), 1 + max((levels for _, levels in sizes), default=0)
+        size, levels = self.sizes.get(id(node), (1, 1))
+        if max(size, len(self.sizes)) > MOST or levels > DEEPEST:
+            raise _Refused(f"more than {MOST:,} values or {DEEPEST} levels, with what aliases repeat, in line {line}")
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node: Any = super().compose_mapping_node(anchor)
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # no key of a Python dict: the constructor refuses it
+            is_merge = key.tag == "tag:yaml.org,2002:merge"
+            name, line = key.tag if is_merge else self.construct_object(key), key.start_mark.line + 1
+            if name in lines:
+                raise _Refused(
+                    f"'{key.value if len(key.value) <= 60 else key.value[:59] + '…'}' is given twice, in line {lines[name]} and in line {line}, "
+                    "and one of them would be lost; remove or rename one"
+                )
+            lines[name] = line
+        return node
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            if isinstance(error, UnicodeError) or not isinstance(node, yaml.ScalarNode):
+                raise
+            kind = node.tag.rpartition(":")[2]
+            line = node.start_mark.line + 1
+            raise _NoValue(f"not valid YAML: {shown(node.value)} is no {_cut(kind, 60)}, in line {line}") from None
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
@@ -47,17 +110,47 @@ def read(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
         raise UserError(f"there is no run file {path}{near}")
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise UserError(f"{path}{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    tree = read_yaml(path)
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a run file holds `name: value` lines; this one is a {type(tree).__name__}")
     return tree
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file says, as plain values. Raises UserError with file and line: for what is not YAML, for a key that stands twice, for
+    more than options could be."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(LARGEST + 1)
+        if len(data) > LARGEST:
+            raise UserError(f"{path} has more than {LARGEST:,} bytes, which is no file of options; is it a data file?")
+        return _Loader(data.decode("utf-8-sig")).get_single_data()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except _Refused as error:
+        raise UserError(f"{path}: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise UserError(f"{path}{place}: not valid YAML: {_cut(str(getattr(error, 'problem', None) or error))}") from None
+
+
+def _cut(text: str, most: int = 200) -> str:
+    """In one line, of at most so many characters."""
+    text = " ".join(text[: 4 * most].split())
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def plain_value(text: str) -> Any:
+    """A value of a command line as YAML; what is none stands for itself. Raises UserError for a key that stands twice, and for too much."""
+    try:
+        return _Loader(text).get_single_data()
+    except (yaml.YAMLError, _NoValue):
+        return text
+    except _Refused as error:
+        raise UserError(f"{shown(text)}: {error}") from None
 
 
 def override(tree: dict[str, Any], setting: str, model: type[Options] | None = None, before: Sequence[str] = ()) -> None:
@@ -67,11 +160,10 @@ def override(tree: dict[str, Any], setting: str, model: type[Options] | None = N
     """
     path, equals, text = setting.partition("=")
     if not equals or not path:
-        raise UserError(f"'{setting}' is neither a run file nor a setting; settings look like optim.lr=1e-4")
+        raise UserError(f"{shown(setting)} is neither a run file nor a setting; settings look like optim.lr=1e-4")
     value: Any = text
     if text and (text == "null" or text[0] in "\"'" or not (model and _is_text(model, path.split(".")))):
-        with contextlib.suppress(yaml.YAMLError):
-            value = yaml.load(text, _Loader)
+        value = plain_value(text)
     *parents, last = path.split(".")
     node: Any = tree
     for depth, key in enumerate(parents):
@@ -84,7 +176,9 @@ def override(tree: dict[str, Any], setting: str, model: type[Options] | None = N
         if child is None:
             child = {}
         if not isinstance(child, dict | list):
-            raise UserError(f"'{setting}': {'.'.join(parents[: depth + 1])} is {child!r}, which has no options inside")
+            raise UserError(
+                f"{shown(setting)}: {_cut('.'.join(parents[: depth + 1]))} is {shown(child)}, which has no options inside"
+            )
         node[key] = child
         node = child
     if isinstance(node, list):
@@ -115,9 +209,8 @@ def _is_text(annotation: Any, path: list[str]) -> bool:
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
     if not path:
-        return annotation is str or (
-            get_origin(annotation) in (Union, types.UnionType) and set(get_args(annotation)) == {str, type(None)}
-        )
+        bare = {get_args(one)[0] if get_origin(one) is Annotated else one for one in get_args(annotation)}
+        return annotation is str or (get_origin(annotation) in (Union, types.UnionType) and bare == {str, type(None)})
     if _is_group(annotation):
         field = annotation.model_fields.get(path[0])
         return field is not None and _is_text(field.annotation, path[1:])
@@ -128,19 +221,29 @@ def _is_text(annotation: Any, path: list[str]) -> bool:
 
 def _item(node: list, key: str, setting: str) -> Any:
     if not key.isdigit() or int(key) >= len(node):
-        raise UserError(f"'{setting}': '{key}' is not a position in a list of {len(node)}")
+        raise UserError(f"{shown(setting)}: {shown(key)} is not a position in a list of {len(node)}")
     return node[int(key)]
 
 
 def build(model: type[Options], tree: dict[str, Any], source: str = "") -> Any:
     """The typed options of a tree, or one UserError that lists everything that is wrong with it (at most three lines)."""
-    problems: list[str] = []
-    made = _build(model, tree, (), problems)
+    problems = [f"{name}: holds a byte or a half of a character that is not UTF-8: {shown(text)}" for name, text in _halves(tree)]
+    made = _build(model, tree, (), problems) if not problems else None
     if problems:
         head = f"{source}: " if source else ""
         more = f"\nand {len(problems) - 2} more problems" if len(problems) > 2 else ""
-        raise UserError(head + "\n".join(problems[:2]) + more)
+        raise UserError(head + "\n".join(_cut(problem, 500) for problem in problems[:2]) + more)
     return made
+
+
+def _halves(tree: Any, name: str = "", around: tuple[int, ...] = ()) -> Iterator[tuple[str, str]]:
+    """Texts with halves of surrogate pairs, by their options: they can be written to no file."""
+    if isinstance(tree, str):
+        if any("\ud800" <= letter <= "\udfff" for letter in tree):
+            yield name, tree
+    elif isinstance(tree, dict | list) and id(tree) not in around:
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _halves(value, f"{name}.{key}" if name else str(key), (*around, id(tree)))
 
 
 def _build(model: type[Options], tree: Any, path: tuple[str, ...], problems: list[str]) -> Any:
@@ -148,14 +251,14 @@ def _build(model: type[Options], tree: Any, path: tuple[str, ...], problems: lis
         return tree
     name = ".".join(path)
     if not isinstance(tree, dict):
-        problems.append(f"{name}: wanted a group of options ({', '.join(model.model_fields)}), got {tree!r}")
+        problems.append(f"{name}: wanted a group of options ({', '.join(model.model_fields)}), got {shown(tree)}")
         return None
     values, before = {}, len(problems)
     for key, value in tree.items():
         here = (*path, str(key))
         field = model.model_fields.get(key)
         if field is None:
-            problems.append(f"unknown option '{'.'.join(here)}'{did_you_mean(key, model.model_fields) or _known(model)}")
+            problems.append(f"unknown option '{_cut('.'.join(here), 100)}'{did_you_mean(key, model.model_fields) or _known(model)}")
             continue
         values[key] = _value(field.annotation, field.metadata, value, here, problems)
     if len(problems) > before:
@@ -201,11 +304,11 @@ def _choose(registry: dict[str, type[Options]], value: Any, here: tuple[str, ...
         value = {"kind": value}
     name = ".".join(here)
     if not isinstance(value, dict) or not isinstance(value.get("kind", ""), str):
-        problems.append(f"{name}: wanted one of {', '.join(registry)}, or a group with `kind:`; got {value!r}")
+        problems.append(f"{name}: wanted one of {', '.join(registry)}, or a group with `kind:`; got {shown(value)}")
         return None
     kind = value.get("kind", next(iter(registry)))
     if kind not in registry:
-        problems.append(f"{name}.kind: '{kind}' is not one of {', '.join(registry)}{did_you_mean(kind, registry)}")
+        problems.append(f"{name}.kind: {shown(kind)} is not one of {', '.join(registry)}{did_you_mean(kind, registry)}")
         return None
     foreign = {k for k in value if k != "kind" and k not in registry[kind].model_fields}
     for key in sorted(foreign):
@@ -226,11 +329,12 @@ def _explain(item: Any, path: tuple[str, ...]) -> str:
     if item["type"] == "literal_error":
         expected = str(item["ctx"]["expected"])
         known = re.findall(r"'([^']*)'", expected)
-        return f"{name}: '{came}' is not one of {', '.join(known)}{did_you_mean(str(came), known)}"
+        text = shown(came).strip("'\"")
+        return f"{name}: '{text}' is not one of {', '.join(known)}{did_you_mean(text, known)}"
     if item["type"] == "value_error":
         return f"{name}: {item['ctx']['error']}" if name else str(item["ctx"]["error"])
     wanted = item["msg"].removeprefix("Input should be ")
-    return f"{name}: wanted {wanted}, got {came!r} ({type(came).__name__})"
+    return f"{name}: wanted {wanted}, got {shown(came)} ({type(came).__name__})"
 
 
 def _known(model: type[Options]) -> str:
@@ -244,16 +348,7 @@ def plain(options: Options) -> dict[str, Any]:
 
 def write(options: Options, path: str | Path, header: str = "") -> None:
     text = yaml.safe_dump(plain(options), sort_keys=False, allow_unicode=True, width=120)
-    write_whole(Path(path), header + text)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Complete or unchanged, also when the process is killed: written beside, fsynced, renamed."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
-    part.replace(path)
+    whole(path, header + text)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> Iterator[str]:

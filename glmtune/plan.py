@@ -5,7 +5,8 @@ Needs no torch, so that a wrong run fails in a second. `glmtune show` prints a p
 
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -17,10 +18,10 @@ from . import data, estimate, families, method, mixing, sources
 from .chat import JOIN, Template
 from .errors import UserError
 from .records import Conversation
-from .run import Run, Source
+from .run import Run, Source, default_lr, moment
 from .stages import STAGES, Limits
 from .store import Chosen, Store
-from .tokenise import Progress, Wanted, is_store, tokenised
+from .tokenise import Progress, Wanted, date_of, is_store, tokenised
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,18 @@ class Plan:
         return max([*self.examples.lengths, *(self.dev.lengths if self.dev else ())])
 
 
-def make(run: Run, say: Callable[[str], None] = lambda text: None, progress: Progress = lambda rows, done: None) -> Plan:
-    """Reads and checks everything a run names. say: told about downloads; progress: of tokenising many rows. Raises UserError."""
+def make(
+    run: Run,
+    say: Callable[[str], None] = lambda text: None,
+    progress: Progress = lambda rows, done: None,
+    base: Path | None = None,
+) -> Plan:
+    """Reads and checks everything a run names. say: told about downloads; progress: of tokenising many rows; base: the model's folder, where
+    a run that is resumed has recorded it. Raises UserError."""
     for name in run.report_to:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"report_to: {name} is not installed; pip install {name}, or leave it out")
-    folder, wanted_rows = wanted(run, say)
+    folder, wanted_rows = wanted(run, say, base)
     shapes, template = families.tensor_shapes(folder), wanted_rows.template
     record = method.of(run.method)
     found = record.resolve(run.method, run, folder)
@@ -71,11 +78,18 @@ def make(run: Run, say: Callable[[str], None] = lambda text: None, progress: Pro
     reading = {"system": run.system, "variables": run.variables, "join": wanted_rows.join}
     train = tokenised(wanted_rows, say=say, progress=progress)
     notes = [*train.about["notes"], *_said(train)]
+    if template.now is not None:
+        notes.append(
+            f"the chat format writes the date into prompts, here {', '.join(template.dates)}; the same run on another day needs "
+            f"date={run.date or template.now.date().isoformat()}"
+        )
     examples, dev = _sides(run, train, wanted_rows.sources)
     if run.eval.data:
-        held, place = _found(run, run.eval.data, say)
-        other = tokenised(replace(wanted_rows, sources=held, all_variables=False, stored=place), say=say, progress=progress)
-        dev = Chosen(other, np.arange(len(other)))
+        with _blamed("eval.data"):
+            held, place = _found(run, run.eval.data, say)
+            dev_rows = replace(wanted_rows, sources=held, elsewhere=None, stored=place, rows="dev rows")
+            other = tokenised(dev_rows, say=say, progress=progress)
+        dev = Chosen.rows_of(other, STAGES[run.stage.kind].whole)
         notes += [f"dev: {note}" for note in [*other.about["notes"], *_said(other)]]
     elif dev is not None:
         notes.append(
@@ -83,6 +97,8 @@ def make(run: Run, say: Callable[[str], None] = lambda text: None, progress: Pro
         )
     notes += _shares(examples) if len(wanted_rows.sources) > 1 else []
     notes += _learning_rate(run)
+    overflows = families.fp16_overflows(folder) if run.precision == "fp16" else None
+    notes += [f"warning: precision={overflows}"] if overflows else []
     beyond = [length for length in examples.lengths if reads is not None and length > reads]
     if beyond:
         notes.append(
@@ -97,6 +113,15 @@ def make(run: Run, say: Callable[[str], None] = lambda text: None, progress: Pro
     )  # fmt: skip
 
 
+@contextmanager
+def _blamed(option: str) -> Iterator[None]:
+    """Errors about the rows of an option, where several options name rows, say which it is."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{option}: {error}") from None
+
+
 def _quant(run: Run, folder: Path) -> str | None:
     kept = families.published_quant(folder)
     if kept and method.trains_base(run.method.kind):
@@ -107,16 +132,18 @@ def _quant(run: Run, folder: Path) -> str | None:
     return families.quant_kind(folder, run.quant or ("keep" if kept else None))
 
 
-def wanted(run: Run, say: Callable[[str], None]) -> tuple[Path, Wanted]:
-    """The base model's folder, and the sequences that a run learns from."""
-    folder = families.resolve(run.model, say)
-    template = families.open_template(folder, run.template, learn=getattr(run.stage, "learn", "all"))
+def wanted(run: Run, say: Callable[[str], None], base: Path | None = None) -> tuple[Path, Wanted]:
+    """The base model's folder (`base`, else what the run's `model` names), and the sequences that a run learns from."""
+    folder = base or families.resolve(run.model, say)
+    found, place = _found(run, run.data, say)
+    now = moment(run.date if run.date is not None or place is None else date_of(place))
+    template = families.open_template(folder, run.template, learn=getattr(run.stage, "learn", "all"), now=now)
     # Rotary positions go on past what a model was made for, with worse results; a table of positions ends.
     rotary = any(key.startswith(("rope", "position_encoding")) for key in families.config_of(folder))
     limits = Limits(run.max_length, run.too_long, None if rotary else families.reads_at_most(folder))
     join = run.join if run.join is not None else JOIN.get(str(run.template), "\n")
-    found, place = _found(run, run.data, say)
-    return folder, Wanted(found, run.stage.kind, template, limits, run.system, run.variables, join, stored=place)
+    elsewhere = [text for probe in run.samples or () for text in [*(probe.contains or ()), probe.system or ""]]
+    return folder, Wanted(found, run.stage.kind, template, limits, run.system, run.variables, join, elsewhere, stored=place)
 
 
 def _found(run: Run, given: Sequence[Source], say: Callable[[str], None]) -> tuple[list[sources.Found], Path | None]:
@@ -152,18 +179,11 @@ def _said(made: Store) -> list[str]:
 
 def _sides(run: Run, made: Store, found: Sequence[sources.Found]) -> tuple[Chosen, Chosen | None]:
     """What is learned, in the order and as often as the sources' weights say; and with eval.share the rows that are kept apart."""
-    rows = made.arrays["row"]
-    starts = np.flatnonzero(np.diff(rows, prepend=-1))  # the first sequence of every row
+    rows, starts, whole = made.arrays["row"], made.row_starts, STAGES[run.stage.kind].whole
     dev = np.zeros(len(starts), dtype=bool)
     if run.eval.share:
-        dev = np.array(mixing.split_hashes(made.arrays["hash"][starts].tolist(), run.eval.share), dtype=bool)
-    ends = np.append(starts[1:], len(rows))
-
-    def sequences(chosen: Any) -> np.ndarray:
-        if len(starts) == len(rows):  # one sequence a row
-            return np.asarray(chosen, dtype=np.int64)
-        return np.concatenate([np.arange(int(starts[i]), int(ends[i])) for i in chosen] or [np.zeros(0, dtype=np.int64)])
-
+        with _blamed("eval.share"):
+            dev = np.array(mixing.split_hashes(made.arrays["hash"][starts].tolist(), run.eval.share), dtype=bool)
     train = np.flatnonzero(~dev)
     counts = [
         int(np.count_nonzero((rows[starts[train]] >= span["start"]) & (rows[starts[train]] < span["start"] + span["count"])))
@@ -171,11 +191,11 @@ def _sides(run: Run, made: Store, found: Sequence[sources.Found]) -> tuple[Chose
     ]
     # A tokenised folder keeps no sources: its rows stand as they were made.
     order = mixing.mix(counts, found, run.seed, run.mixing_temperature) if found else np.arange(len(train))
-    return Chosen(made, sequences(train[order])), Chosen(made, sequences(np.flatnonzero(dev))) if dev.any() else None
+    return Chosen.rows_of(made, whole, train[order]), Chosen.rows_of(made, whole, np.flatnonzero(dev)) if dev.any() else None
 
 
 def _learning_rate(run: Run) -> list[str]:
-    (usual, whose), given = method.learning_rate(run), run.optim.lr
+    (usual, whose), given = default_lr(run.method, run.stage.kind), run.optim.lr
     if given is None:
         return [f"learning rate {usual:g}, the default of {whose}"]
     if not usual / 10 < given < usual * 10:
@@ -191,27 +211,22 @@ def _questions(
     if run.samples is None:
         if STAGES[run.stage.kind].want != "answers":
             return []
-        first = islice(data.stream(found, want="answers", all_variables=False, **reading), 3)
+        first = islice(data.stream(found, want="answers", elsewhere=None, **reading), 3)
         usual = [_question("training data", row, template, None, None) for _, row in first]
         return [question for question in usual if reads is None or len(question.ids) < reads]
     made = []
-    for probe in run.samples:
+    for number, probe in enumerate(run.samples):
         source = Source(path=probe.path, format=probe.format, columns=probe.columns)
         system = probe.system if probe.system is not None else reading["system"]
-        asked = data.load([source], want="prompts", all_variables=False, **{**reading, "system": system})
-        contains = [_filled(text, run.variables) for text in probe.contains] if probe.contains else None
+        with _blamed(f"samples.{number}"):
+            asked = data.load([source], want="prompts", elsewhere=None, **{**reading, "system": system})
+        contains = [data.fill(text, run.variables) for text in probe.contains] if probe.contains else None
         name = probe.name or Path(probe.path).stem
         made += [_question(name, row, template, contains, probe.wanted if contains else None) for row in asked.rows]
     for question in made:
         if reads is not None and len(question.ids) >= reads:
             raise UserError(f"{question.where}: the question has {len(question.ids)} tokens; this model reads {reads} at most")
     return made
-
-
-def _filled(text: str, variables: dict[str, str]) -> str:
-    for name, value in variables.items():
-        text = text.replace("{{" + name + "}}", value)
-    return text
 
 
 def _question(name: str, row: Conversation, template: Template, contains: list[str] | None, wanted: bool | None) -> Question:

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from . import families
+from . import families, oldfiles
 from .chat import FORMS, Template, Tokens, choose
 from .errors import UserError, did_you_mean
 from .run import Form
@@ -35,12 +35,7 @@ ROUNDS = (  # ChatGLM2's history on ChatGLM-6B, whose marks stand behind the que
 )
 RAW = Form(system="{content}\n", user="{content}", assistant="{content}{stop}")
 ROLES = Form(system="<|system|>\n{content}", user="<|user|>\n{content}", assistant="<|assistant|>\n{content}{stop}")
-HEADINGS = Form(
-    system="{content}\n\n",
-    user="Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction: \n{content}\n\n",
-    assistant="### Answer: \n{content}{stop}",
-)
+HEADINGS = Form(**oldfiles.HEADINGS)
 
 
 def recognised(folder: Path, config: dict[str, Any]) -> tuple[str, str] | None:

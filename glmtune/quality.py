@@ -263,7 +263,7 @@ def repeated_end(answer: str) -> str:
     text = answer.rstrip()
     before = text.rfind(text[-_TAIL:], 0, len(text) - 1)
     period = len(text) - _TAIL - before
-    if before < 0 or period * _FEWEST_TIMES > len(text):
+    if not text or before < 0 or period * _FEWEST_TIMES > len(text):  # a turn that only calls a tool says nothing
         return ""
     start = len(text) - period
     while start > 0 and text[start - 1] == text[start - 1 + period]:

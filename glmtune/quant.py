@@ -329,6 +329,8 @@ def adopt(model: nn.Module, dtype: torch.dtype | None, name: str) -> None:
         if isinstance(old, known.Linear4bit | known.Linear8bitLt):
             try:
                 packed = adopted(old)
+                if not all(held.isfinite().all() for held in packed.buffers()):
+                    raise ValueError("it has scales that are not finite")
             except ValueError as error:
                 raise UserError(f"{name}: {path}: {error}; take the original model and quant=nf4 or int8") from None
             parent, _, leaf = path.rpartition(".")

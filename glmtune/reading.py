@@ -4,11 +4,12 @@ Nothing is dropped: what is not a row comes out as `Broken`, with its place. No 
 """
 
 import csv
+import errno
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from glob import glob
 from itertools import islice
@@ -86,15 +87,32 @@ def find_files(path: str) -> list[tuple[Path, str]]:
     if not found.exists():
         if re.search(r"[*?\[]", path):
             return _matching(path)
+        _refuse_broken_link(found, path)
         raise DataError("missing-file", f"the data file '{path}' is not there{_near_names(found)}")
     if found.is_file():
         return [(found, path)]
     if not found.is_dir():
         raise DataError("missing-file", f"'{path}' is neither a file nor a folder (a pipe?); write what it gives to a file first")
-    files = sorted(entry for entry in found.iterdir() if is_data_name(entry.name) and entry.is_file())
+    named = sorted(entry for entry in found.iterdir() if is_data_name(entry.name))
+    for entry in named:
+        _refuse_broken_link(entry, f"{path.rstrip('/')}/{entry.name}")
+    files = [entry for entry in named if entry.is_file()]
     if not files:
         raise DataError("missing-file", f"the folder '{path}' has no data files ({', '.join(SUFFIXES)}, also .gz)")
     return [(entry, f"{path.rstrip('/')}/{entry.name}") for entry in files]
+
+
+def _refuse_broken_link(path: Path, name: str) -> None:
+    """Raises DataError for a link to nothing or to itself, which else is as if it were not there."""
+    if not path.is_symlink():
+        return
+    try:
+        path.stat()
+    except OSError as error:
+        what = "leads in a circle" if error.errno == errno.ELOOP else f"leads to '{os.readlink(path)}', which is not there"
+        raise DataError(
+            "missing-file", f"the data file '{name}' is a link that {what}; put the file itself there, or mend the link"
+        ) from None
 
 
 def left_out(path: str) -> list[str]:
@@ -110,6 +128,8 @@ def left_out(path: str) -> list[str]:
 
 def _matching(pattern: str) -> list[tuple[Path, str]]:
     names = sorted(glob(str(Path(pattern).expanduser()), recursive=True))
+    for name in filter(is_data_name, names):
+        _refuse_broken_link(Path(name), name)
     files = [name for name in names if is_data_name(name) and Path(name).is_file()]
     if not files:
         what = f"only {some([Path(name).name for name in names])}" if names else "nothing"
@@ -155,7 +175,7 @@ def _layout(window: Window, again: Callable[[], Window], start: int, suffix: str
     """Content decides; the suffix only tells CSV from plain text, and what a file was meant to be when it is neither."""
     first = window.text[start]
     looks_like_json = first in "[{" and (suffix not in (".csv", ".tsv", ".txt") or _starts_with_object(window, start))
-    if looks_like_json and first == "[":
+    if looks_like_json and first == "[" and not _is_a_line_among_objects(window, start):
         return "array", _array_items(window, start), []
     if looks_like_json:
         return _objects(window, again, start, is_row)
@@ -177,6 +197,23 @@ def _starts_with_object(window: Window, start: int) -> bool:
         return isinstance(_decode(window, start)[0], dict)
     except (ValueError, RecursionError):
         return False
+
+
+def _is_a_line_among_objects(window: Window, start: int) -> bool:
+    """Whether the list that the file begins with is one damaged row of JSON Lines: it and the lines after it (1000 are looked at) have no
+    object in them, until a line begins with one."""
+    for _ in range(1000):
+        end = window.text.find("\n", start)
+        try:
+            value = json.loads(window.text[start:end]) if end > 0 else None
+        except (ValueError, RecursionError):
+            return False
+        if end < 0 or (isinstance(value, list) and any(isinstance(one, dict) for one in value)):
+            return False
+        start = window.skip(end)
+        if window.text.startswith("{", start):
+            return True
+    return False
 
 
 def _item(window: Window, line: int, value: Any, start: int, end: int) -> Item | Broken:
@@ -251,8 +288,8 @@ def _decode(window: Window, start: int, decoder: json.JSONDecoder = _LENIENT) ->
                 raise
 
 
-def _array_items(window: Window, start: int, wrapped: bool = False) -> Iterator[Item | Broken]:
-    """The elements of the array that opens at `start`; goes on after every broken one."""
+def _array_items(window: Window, start: int, wrapped: bool = False) -> Generator[Item | Broken, None, int | None]:
+    """The elements of the array that opens at `start`; goes on after every broken one. Returns where it ends, if it does."""
     opening_keys: set[str] = set()
     position, before, closed = start + 1, "[", False
     while True:
@@ -260,21 +297,21 @@ def _array_items(window: Window, start: int, wrapped: bool = False) -> Iterator[
         if position == len(window.text):
             if not closed:
                 yield _broken(window, position, position, "the file ends inside the array: expected ']'", lost=False)
-            return
+            return None
         mark = window.text[position]
         if mark == "]":
             if before == ",":
                 yield _broken(window, position, position, "a comma before ']'", lost=False)
             after = window.skip(position + 1)
             if wrapped or after == len(window.text):
-                return
+                return after
             mark = window.text[after]
             why = {"[": " (two arrays?)", ",": " (a ']' too early?)", "{": " (a ']' too early?)"}.get(mark, "")
             message = f"expected the end of the file after ']', got {window.excerpt(after)}{why}"
             yield _broken(window, position, position, message, lost=False)
             if mark == "{":
                 yield from _object_items(window, after)
-                return
+                return None
             closed = mark != "["
             position, before = (after, "row" if mark == "," else "broken") if closed else (after + 1, "[")
             continue
@@ -294,7 +331,7 @@ def _array_items(window: Window, start: int, wrapped: bool = False) -> Iterator[
         yield item
         before = "broken" if isinstance(item, Broken) and item.kind == "malformed-json" else "row"
         if before == "broken" and position == len(window.text) and window.ended:
-            return
+            return None
 
 
 def _opens_row(window: Window, position: int, opening_keys: set[str]) -> bool:
@@ -308,30 +345,101 @@ def _opens_row(window: Window, position: int, opening_keys: set[str]) -> bool:
 
 
 def _objects(window: Window, again: Callable[[], Window], start: int, is_row: Callable) -> _Layout:
-    wrapped = _wrapped_list(again(), is_row)
+    wrapped = _wrapped_list(again, is_row)
     if wrapped is None:
         return "lines", _object_items(window, start), []
     return "array", _items_under(again(), wrapped), [f"the rows are the list under the key '{printable(wrapped)}'"]
 
 
-def _wrapped_list(window: Window, is_row: Callable) -> str | None:
-    """`{"data": [{...}, ...]}`: the key of the one list of objects in a file that is one object and not itself a row."""
+def _wrapped_list(again: Callable[[], Window], is_row: Callable) -> str | None:
+    """`{"data": [{...}, ...]}`: the key of the one list of objects in a file that is one object and not itself a row. Where a row of
+    the list is broken the list is found all the same. Raises DataError for an object that holds rows in some other way."""
     value: dict[str, Any] = {}
+    lists: list[str] = []
+    key, broken, window = None, False, again()
     try:
         for key, position in _entries(window):
-            value[key] = _beginning(window, position)
+            value[key] = beginning = _beginning(window, position)
+            if isinstance(beginning, list) and beginning and _is_no_message(beginning[0]):  # a list of messages is a row's
+                lists.append(key)
+            if len(value) > _MOST_KEYS:
+                break
     except (ValueError, RecursionError):
-        return None
-    lists = [key for key, rows in value.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
-    if is_row(value) or len(lists) != 1 or {"role", "from"} & value[lists[0]][0].keys():  # a list of messages is a row's
-        return None
-    return lists[0]
+        broken = True
+    if broken:  # several objects, or one that is broken within its list or elsewhere
+        found = key is not None and set(lists) <= {key} and not is_row(value) and _holds_rows(again(), key, is_row)
+        return key if found else None
+    _refuse_tables(value, lists, is_row)
+    return lists[0] if len(lists) == 1 and not is_row(value) else None
+
+
+def _holds_rows(window: Window, key: str, is_row: Callable) -> bool:
+    """Whether the list under `key`, with something broken in it, is one of rows: its first whole object is one, and the file goes on
+    in no other way than with that list."""
+    wrapper = _OPENING_KEY.match(window.text, window.skip(0))
+    position = next((position for name, position in _entries(window) if name == key), 0)
+    while len(window.text) - position < _LOOK and window.more(position):
+        pass
+    text = window.text[position : position + _LOOK]
+    own = _MISSPELT_KEY.match(text, len(text) - len(text[1:].lstrip()))
+    if not text.startswith("[") or own is None or wrapper is None:
+        return False
+    if re.search(r"^\s*\{\s*" + re.escape(wrapper[1]) + r"\s*:", text, re.MULTILINE):  # JSON Lines: all open with that key
+        return False
+    for match in islice(re.finditer(r"\{\s*" + re.escape(json.dumps(own[1], ensure_ascii=False)) + r"\s*:", text), 20):
+        try:
+            value = _LENIENT.raw_decode(text, match.start())[0]
+        except (ValueError, RecursionError):
+            continue
+        return is_row(value)
+    return False
+
+
+_LOOK = 200_000  # characters
+
+
+_MOST_KEYS = 1000
+
+
+def _is_no_message(value: Any) -> bool:
+    return isinstance(value, dict) and not {"role", "from"} & value.keys()
+
+
+def _refuse_tables(value: dict[str, Any], lists: list[str], is_row: Callable) -> None:
+    """Raises DataError for what one object that is a file may be besides a row or a list of rows under a key."""
+    values = list(value.values())
+    as_rows = 'write it so: df.to_json("rows.jsonl", orient="records", lines=True, force_ascii=False)'
+    if {"columns", "data"} <= value.keys() <= {"columns", "index", "data"} and all(isinstance(one, list) for one in values):
+        raise DataError("unknown-form", f'this is a table as pandas writes it with orient="split", no list of rows; {as_rows}')
+    if len(values) > 1 and all(isinstance(one, list) for one in values):
+        firsts = [one[0] for one in values if one]
+        of_texts = any(isinstance(one, str) for one in firsts) and not any(isinstance(one, dict) for one in firsts)
+        if of_texts or any(isinstance(one, list) and one and isinstance(one[0], dict) for one in firsts):
+            said = f"this is a table by columns, {some(list(value))} with a list of values each, no list of rows"
+            raise DataError("unknown-form", f"{said}; in Python: df = pandas.DataFrame(json.load(open(FILE))); {as_rows}")
+    if values and all(map(_is_no_message, values)):
+        if any(map(is_row, values)):
+            said = f"this is one object whose values are the rows ({some(list(value), 3)}), no list of rows"
+            raise DataError("unknown-form", f"{said}; write it as one, for example: jq '[.[]]' FILE > rows.json")
+        if is_row(value) or all(key.isdigit() for one in values for key in one):
+            said = f"this is a table by columns ({some(list(value))}), as pandas' to_json writes it, no list of rows"
+            raise DataError("unknown-form", f"{said}; {as_rows}")
+    if len(lists) > 1 and not is_row(value):
+        said = f"this is one object with several lists of rows ({some(lists)}): which are meant?"
+        raise DataError(
+            "unknown-form", f"{said} Write each to a file of its own, for example: jq '.[{json.dumps(lists[0])}]' FILE > rows.json"
+        )
 
 
 def _items_under(window: Window, wanted: str) -> Iterator[Item | Broken]:
     for key, position in _entries(window):
         if key == wanted:
-            yield from _array_items(window, position, wrapped=True)
+            end = yield from _array_items(window, position, wrapped=True)
+            if end is not None and not window.text.startswith(("}", ","), window.skip(end)):
+                message = (
+                    f"expected '}}' after the list under '{printable(wanted)}', got {window.excerpt(end)}; what follows is not read"
+                )
+                yield _broken(window, end, end, message, lost=False)
             return
 
 
@@ -353,11 +461,19 @@ def _entries(window: Window) -> Iterator[tuple[str, int]]:
 
 
 def _beginning(window: Window, position: int) -> Any:
-    """The value at `position`; of a list only its first element."""
+    """The value at `position`; of a list only one element, the first object among its beginning, else its first."""
     if not window.text.startswith("[", position):
         return _decode(window, position)[0]
     position = window.skip(position + 1)
-    return [] if window.text.startswith("]", position) else [_decode(window, position)[0]]
+    found: list[Any] = []
+    while not window.text.startswith("]", position) and len(found) < 20:
+        value, position = _decode(window, position)
+        found.append(value)
+        position = window.skip(position)
+        if isinstance(value, dict) or not window.text.startswith(",", position):
+            break
+        position = window.skip(position + 1)
+    return next(([one] for one in found if isinstance(one, dict)), found[:1])
 
 
 def _past_value(window: Window, position: int) -> int:
@@ -442,18 +558,24 @@ def _decode_row(window: Window, start: int, opening_keys: set[str], until: _Unti
     return _item(window, line, value, start, end), end
 
 
+_MISSPELT_KEY = re.compile(r"""\{?\s*["'“”‘’]*([^\W\d][\w -]{0,40})["'“”‘’]*\s*:""")
 _OPENING_KEY = re.compile(r'\{\s*("(?:[^"\\]|\\.)*")\s*:')
 
 
 def _next_row(window: Window, start: int, opening_keys: set[str], until: _Until) -> int:
-    """Where reading goes on after a broken row: at the next object that opens with a key that rows open with; else where it
-    must end at the latest, which for what is no object at all is its line."""
+    """Where reading goes on after a broken row: at the next object that opens with a key that rows, or this one, open with, or that
+    stands as far from the beginning of its line; else where it must end at the latest, which for what is no object at all is its
+    line. What rows came before must not decide alone: there may be none."""
     line_end = window.line_end(start) if until == "line" or window.text[start] != "{" else None
     if line_end is not None:
         window.skip(line_end)  # so that the file's end is known where nothing follows
-    keys = "|".join(map(re.escape, sorted(opening_keys)))
+    own = _MISSPELT_KEY.match(window.text, start)
+    keys = "|".join(map(re.escape, sorted(opening_keys | ({json.dumps(own[1], ensure_ascii=False)} if own else set()))))
+    lead = window.text[window.text.rfind("\n", 0, start) + 1 : start]
     # What stands behind a colon is a value of the broken row, not the next row.
-    pattern = re.compile(r"(?<!:)(?<!: )\{\s*(?:" + keys + r")\s*:" if keys else r"(?<=\n)\{")
+    known = r"(?<!:)(?<!: )\{\s*(?:" + keys + r")\s*:" if keys else r"(?<=\n)\{"
+    leads = ["", " "] if lead.strip() else [lead]  # behind '[' in its line
+    pattern = re.compile("|".join([known, *(rf'(?<=\n{re.escape(one)})\{{\s*"' for one in leads)]))
     while True:
         stop = _before_closing(window.text) if until == "array" and window.ended else len(window.text)
         stop = stop if line_end is None else min(stop, line_end)
@@ -516,7 +638,7 @@ def _csv_items(window: Window, suffix: str) -> Iterator[Item | Broken]:
     """Records with a header; texts in quotes may hold line breaks. After a broken record reading goes on at the next line."""
     csv.field_size_limit(2**31 - 1)
     excel = _EXCEL.match(window.text)
-    header: list[str] | None = None
+    header, count = None, 0
     start = at = excel.end() if excel else 0  # where the record that is read begins, and where its next line does
     end = window.line_end(window.skip(start))
     head = _QUOTED.sub("", window.text[start:end])
@@ -537,13 +659,18 @@ def _csv_items(window: Window, suffix: str) -> Iterator[Item | Broken]:
                 if fields and header is None:
                     header = _csv_header(fields)
                 elif fields and header is not None:
+                    count += 1
                     yield _csv_item(window, header, fields, start, at)
                 start = at = window.advance(at)
         except csv.Error as error:
             at = window.line_end(start)
+            count += 1
             message = f"broken CSV: {str(error).split(' - ')[0]} (is a quote missing?)"
             yield Broken(window.line(start), None, message, window.byte(start), window.byte(at), "malformed-row")
             start = at = window.advance(at)
+    if header and not count:
+        said = f"the file has no rows: its one line is read as the header, the names of its columns ({some(header)})"
+        raise DataError("empty-file", f"{said}; is the header missing? Then write one above it, such as: instruction,output")
 
 
 _EXCEL = re.compile(r'"?sep=([^\w\s"]|\t)"?\r?\n', re.IGNORECASE)

@@ -87,6 +87,7 @@ class Example:
     next_ids: list[int]
     weights: list[float]
     where: str = ""
+    columns: dict[str, Any] = field(default_factory=dict)  # what else its stage needs of it, by the names of Stage.columns
 
     @property
     def labels(self) -> list[int]:
@@ -96,6 +97,18 @@ class Example:
     @property
     def num_learned(self) -> int:
         return sum(1 for weight in self.weights if weight)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A named value that travels with training sequences, from the row's file to the loss.
+
+    per: "row" (one value a row, taken from its first sequence), "sequence", or "token" (a list as long as `Example.ids`, whose entry i goes
+    with next_ids[i]). kind: a numpy number type such as "float32" or "int64", or "json" for any JSON value (not per token).
+    """
+
+    per: Literal["row", "sequence", "token"]
+    kind: str
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import files
 from .errors import UserError, did_you_mean
+from .generate import NotFinite
 from .loaded import Loaded
 from .screen import console, is_interactive
+from .terminal import quiet, read_line
 
 COMMANDS = {
     "/clear": "forget the conversation",
@@ -18,10 +21,6 @@ COMMANDS = {
     "/help": "show this list",
     "/exit": "leave (also Ctrl-D)",
 }
-
-
-# What a model writes must not steer the terminal.
-CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 
 
 @dataclass
@@ -44,7 +43,7 @@ class Chat:
         try:
             for piece in self.loaded.stream(self.all_messages(), **self.sampling):
                 made += piece
-                sys.stdout.write(piece.translate(CONTROLS))
+                sys.stdout.write(quiet(piece))
                 sys.stdout.flush()
         except KeyboardInterrupt:
             sys.stdout.write(" [stopped]")
@@ -95,38 +94,30 @@ class Chat:
         elif not path.absolute().parent.is_dir():
             console.print(f"there is no folder {path.absolute().parent}", markup=False)
         else:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"messages": self.all_messages()}, ensure_ascii=False) + "\n")
+            files.append(path, json.dumps({"messages": self.all_messages()}, ensure_ascii=False) + "\n")
             console.print(f"(added to {path})", style="dim", markup=False)
 
 
 def run(chat: Chat) -> None:
     """Reads lines until the end. A line that is not a /command is a question."""
-    ask = _terminal_input() if is_interactive() else _piped_input
+    ask = _terminal_input() if is_interactive() else read_line
     if is_interactive():
         console.print("Ask something. /help lists the commands, /exit or Ctrl-D leaves.", style="dim")
     while True:
         try:
-            line = ask().strip()
-        except (EOFError, KeyboardInterrupt):
-            return
-        if not line:
-            continue
-        try:
+            try:
+                line = ask().strip()
+            except (EOFError, KeyboardInterrupt):
+                return
             if line.startswith("/"):
                 if not chat.command(line):
                     return
-            else:
+            elif line:
                 chat.reply(line)
         except UserError as error:
+            if isinstance(error, NotFinite) and not is_interactive():
+                raise  # at a terminal, what was said so far can still be saved
             console.print(str(error), style="red", markup=False)
-
-
-def _piped_input() -> str:
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    return line
 
 
 def _terminal_input() -> Any:

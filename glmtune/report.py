@@ -5,9 +5,7 @@ enters it through `_esc` only. Anything may be missing: a run that is still goin
 """
 
 import html
-import json
 import math
-import os
 import re
 import shlex
 from collections import Counter
@@ -20,6 +18,7 @@ from typing import Any
 
 from . import options
 from .errors import UserError
+from .files import lenient_jsonl, whole
 from .run import Run
 
 OPEN_SAMPLES, MOST_SAMPLES = 12, 200  # shown at once; shown at all (the rest stays in samples.jsonl)
@@ -33,6 +32,10 @@ CHARTS = {
     "grad_norm": ("Gradient norm", "梯度范数"),
     "tokens_per_second": ("Tokens per second", "速度"),
 }
+LOG_COLUMNS = (  # of every run's log.jsonl; others are a stage's own terms and metrics, and get a curve each
+    "step", "epoch", "loss", "eval_loss", "learned_tokens", "tokens", "tokens_per_second", "lr", "grad_norm", "peak_memory_gb", "scale", "skipped",
+    "seconds",
+)  # fmt: skip
 Point = tuple[float, float]
 
 
@@ -48,8 +51,8 @@ def write(out: Path) -> None:
         {row["step"]: row for row in rows}.values(), key=itemgetter("step")
     )  # of a step done again after a resume, the last
     samples = _rows(out / "samples.jsonl", notes)
-    _replace(out / "report.html", _page(out, settings, log, samples, notes).encode("utf-8", "replace"))
-    _replace(out / "loss.png", _png(out.resolve().name, log))
+    whole(out / "report.html", _page(out, settings, log, samples, notes).encode("utf-8", "replace"))
+    whole(out / "loss.png", _png(out.resolve().name, log))
 
 
 def hits(samples: list[dict]) -> list[dict]:
@@ -75,14 +78,7 @@ def _rows(path: Path, notes: list[str]) -> list[dict]:
     """The objects of a JSONL file. A line that cannot be read (half written, the run goes on) is left out and noted."""
     if not path.is_file():
         return []
-    rows, unreadable = [], 0
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # splitlines() also cuts at U+2028, inside a string
-        try:
-            row = json.loads(line or "null")
-        except ValueError:
-            row, unreadable = None, unreadable + 1
-        if isinstance(row, dict):
-            rows.append(row)
+    rows, unreadable = lenient_jsonl(path)
     if unreadable:
         notes.append(f"{path.name}: {unreadable} {'line' if unreadable == 1 else 'lines'} could not be read and are left out here")
     return rows
@@ -96,12 +92,6 @@ def _column(log: list[dict], key: str) -> list[float]:
 
 def _finite(values: list[float]) -> list[float]:
     return [value for value in values if not math.isnan(value)]
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def _reach(values: list[float]) -> int:
@@ -221,14 +211,20 @@ def _path(name: str, points: list[Point]) -> str:
     return f'<path class="{name}{" dots" if len(points) == 1 else ""}" d="{drawn}"/>' if drawn else ""
 
 
+def _own_columns(log: list[dict]) -> list[str]:
+    """The stage's terms and metrics, in the order in which they came."""
+    names = dict.fromkeys(name for row in log for name, value in row.items() if isinstance(value, int | float))
+    return [name for name in names if name not in LOG_COLUMNS and name not in (f"eval_{other}" for other in names)]
+
+
 def _chart(log: list[dict], key: str, title: tuple[str, str]) -> str:
-    """One column of the log over the steps as <figure>; smoothed too where it jumps, the loss with the dev loss as dots."""
+    """One column of the log over the steps as <figure>; smoothed too where it jumps, with its value on the dev rows as dots."""
     steps, values = _column(log, "step"), _column(log, key)
-    dev = [(step, value) for step, value in zip(steps, _column(log, "eval_loss")) if key == "loss" and not math.isnan(value)]
+    dev = [(step, value) for step, value in zip(steps, _column(log, f"eval_{key}")) if not math.isnan(value)]
     seen = _finite(values) + [value for _, value in dev]
     if not seen:
         return f"<figure><figcaption><h3>{_both(*title)}</h3></figcaption><p>No values yet.</p></figure>"
-    levels = _ticks(min(seen) if key == "loss" else 0.0, max(seen))
+    levels = _ticks(0.0 if key in CHARTS and key != "loss" else min(seen), max(seen))
     first, last = (steps[0], steps[-1]) if len(steps) > 1 else (steps[0] - 1, steps[0] + 1)
 
     def x(step: float) -> float:
@@ -254,7 +250,7 @@ def _chart(log: list[dict], key: str, title: tuple[str, str]) -> str:
     else:
         parts += [line("raw", zip(steps, values)), line("main", zip(steps, _smooth(values)))]
         parts += [line("dev", dev), *(line("dev", [point]) for point in _thin(dev))]
-        legend = f'<p><i class="raw"></i>each step <i class="main"></i>smoothed {"<i class=dev></i>dev loss" if dev else ""}</p>'
+        legend = f'<p><i class="raw"></i>each step <i class="main"></i>smoothed {"<i class=dev></i>dev rows" if dev else ""}</p>'
     ends = [(step, value) for step, value in zip(steps, values) if not math.isnan(value)] or dev
     told = [f"{_number(value)} at step {step:.0f}" for step, value in (ends[0], ends[-1])]
     spoken = f"{title[0]}: {', then '.join(told)}; lowest {_number(min(seen))}, highest {_number(max(seen))}"
@@ -268,9 +264,9 @@ def _strips(log: list[dict], key: str, x: Callable[[float], float]) -> Iterator[
     size = math.ceil(len(log) / MOST_STRIPS)
     for start in range(0, len(log), size):
         rows = log[start : start + size]
-        row = next((row for row in rows if "eval_loss" in row), rows[len(rows) // 2])
+        row = next((row for row in rows if f"eval_{key}" in row), rows[len(rows) // 2])
         here, end = x(rows[0]["step"] - 0.5), x(rows[-1]["step"] + 0.5)
-        labels = {"epoch": "epoch ", key: "", **({"eval_loss": "dev "} if key == "loss" else {})}
+        labels = {"epoch": "epoch ", key: "", f"eval_{key}": "dev "}
         read = [f" · {label}{_number(value, 4)}" for name, label in labels.items() for value in _finite(_column([row], name))]
         yield f'<g><rect x="{here:.1f}" y="{TOP}" width="{end - here:.1f}" height="{BOTTOM - TOP}"/>'
         yield f'<text x="{RIGHT}" y="16">step {row["step"]}{"".join(read)}</text></g>'
@@ -504,7 +500,8 @@ def _page(out: Path, settings: dict, log: list[dict], samples: list[dict], notes
     broken = [row["step"] for row in log if "loss" in row and not _finite(_column([row], "loss"))]
     if broken:
         notes = [*notes, f"the loss was not a finite number at {len(broken)} of {len(log)} steps, first at step {broken[0]}"]
-    charts = "".join(_chart(log, key, title) for key, title in CHARTS.items())
+    own = {key: (_esc(key), "") for key in _own_columns(log)}
+    charts = "".join(_chart(log, key, title) for key, title in ({"loss": CHARTS["loss"]} | own | CHARTS).items())
     commands = {
         "Talk to it": f"glmtune chat {shlex.quote(str(out))}",
         "Answer a file of questions": f"glmtune predict {shlex.quote(str(out))} DATA --out P.jsonl",

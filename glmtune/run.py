@@ -4,16 +4,18 @@ Light on purpose (no torch): a wrong run file must fail before anything heavy is
 gets that group only; nothing but this file sees all options together.
 """
 
+import datetime
+import re
 from collections.abc import Iterable
 from glob import glob
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
 from . import options
-from .errors import UserError
+from .errors import UserError, shown
 from .options import Choice, Options
 from .records import Learn
 
@@ -21,10 +23,24 @@ Positive = Annotated[int, Field(gt=0)]
 Quant = Literal["nf4", "int8", "chatglm-int4", "chatglm-int8"]
 
 
+def _usable(path: str) -> str:
+    names = path.split("/")
+    if len(path.encode()) > 4095 or any(len(name.encode()) > 255 for name in names):
+        raise ValueError(f"{shown(path)} can be no path: the longest have 4095 bytes, and names in them 255")
+    try:
+        Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"there is no home folder {shown(names[0])}") from None
+    return path
+
+
+AnyPath = Annotated[str, AfterValidator(_usable)]  # of a file, a folder, a pattern, or a name on a hub
+
+
 class Source(Options):
     """Where rows come from."""
 
-    path: str = Field(
+    path: AnyPath = Field(
         description="a file (JSON, JSONL, CSV, txt, Parquet, also .gz; content decides), a folder or a pattern of such files, the name of a data set, or hf:owner/name, modelscope:owner/name"
     )
     format: str | None = Field(
@@ -72,7 +88,7 @@ class Eval(Options):
 class Probe(Options):
     """Questions answered before and after training, side by side in samples.jsonl and report.html."""
 
-    path: str = Field(description="a file of rows; their answers, if any, are not used")
+    path: AnyPath = Field(description="a file of rows; their answers, if any, are not used")
     name: str | None = Field(default=None, description="name of this set in the tables; null: the file's name")
     contains: list[str] | None = Field(
         default=None, description="an answer that contains one of these is counted as a hit (case ignored)"
@@ -158,8 +174,8 @@ class Lora(Options):
     modules_to_save: list[str] = Field(
         default=[], description="further modules trained whole, in fp32, and saved in the adapter: embed_tokens, lm_head, norm"
     )
-    start: str | None = Field(default=None, description="an adapter (or a run's folder) whose weights training goes on from")
-    under: list[str] = Field(
+    start: AnyPath | None = Field(default=None, description="an adapter (or a run's folder) whose weights training goes on from")
+    under: list[AnyPath] = Field(
         default=[],
         description="trained LoRA adapters that stay switched on, frozen, beneath the new one; the result holds them too",
     )
@@ -184,7 +200,12 @@ class Prefix(Options):
         default=False, description="make the prefix by a small two-layer network (published: prefix_projection)"
     )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the prefix while training (the published code has 0.1)")
-    start: str | None = Field(default=None, description="a prefix adapter (or a run's folder) that training goes on from")
+    start: AnyPath | None = Field(default=None, description="a prefix adapter (or a run's folder) that training goes on from")
+
+    @property
+    def variant(self) -> str | None:
+        """The name under which DEFAULT_LR has a rate of its own for these options; None: the kind."""
+        return "prefix with projection" if self.projection else None
 
 
 class Freeze(Options):
@@ -219,6 +240,16 @@ Chat = Literal[  # the names of chat.FORMS and families.CHATS
 ]  # fmt: skip
 # Each has a record in method.METHODS. `trains_base`: gradient steps change the model's own weights, so they cannot be packed.
 METHODS: dict[str, type[Options]] = {"lora": Lora, "prefix": Prefix, "freeze": Freeze, "full": Full}
+
+
+def fp16_overflows(model: str) -> str | None:
+    """The warning for precision fp16 on a model, by its name, folder or model_type; None where fp16 does.
+
+    Source: THUDM/ChatGLM3 PR 689, hiyouga/LLaMA-Factory issue 4202 (loss 0 or NaN).
+    """
+    if re.search(r"chatglm3|glm-?4(?!\.[5-9]|_moe|v)|^glm$", model.lower()):
+        return "fp16: activations of ChatGLM3 and GLM-4 pass its largest number (65504), and the loss becomes 0 or nan; use bf16 or fp32"
+    return None
 
 
 class _Optimizer(Options):
@@ -268,7 +299,7 @@ class Save(Options):
 def _real_newlines(text: str | None) -> str | None:
     if text and "\\n" in text:
         raise ValueError(
-            f"holds a backslash and an n, not a newline: {text!r}; write the text in double quotes (on a command line: '\"...\\n\"')"
+            f"holds a backslash and an n, not a newline: {shown(text)}; write the text in double quotes (on a command line: '\"...\\n\"')"
         )
     return text
 
@@ -287,12 +318,30 @@ class Form(Options):
     @classmethod
     def _has_content(cls, text: str) -> str:
         if text.count("{content}") != 1:
-            raise ValueError(f"must hold {{content}} exactly once; got {text!r}")
+            raise ValueError(f"must hold {{content}} exactly once; got {shown(text)}")
         return _real_newlines(text) or ""
 
 
+def moment(date: str | None) -> datetime.datetime | None:
+    """What a date in a run file stands for. Raises ValueError."""
+    if date is None:
+        return None
+    try:
+        return datetime.datetime.fromisoformat(date).replace(tzinfo=None, microsecond=0)
+    except ValueError:
+        raise ValueError(f"wanted a date like 2026-07-31, or 2026-07-31T12:00:00; got {shown(date)}") from None
+
+
+def _date(given: Any) -> Any:
+    given = given.isoformat() if isinstance(given, datetime.date) else given  # YAML reads 2026-07-31 as a date
+    return moment(given) and given if isinstance(given, str) else given
+
+
+Date = Annotated[str, BeforeValidator(_date)]
+
+
 class Resolved(TypedDict, total=False):
-    """What train chose (training.resolve). Not every version chose the same, so names may be missing here, and others are passed over."""
+    """What train chose (settings.resolve). Not every version chose the same, so names may be missing here, and others are passed over."""
 
     __pydantic_config__ = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)  # type: ignore
 
@@ -306,18 +355,24 @@ class Resolved(TypedDict, total=False):
     checkpointing: bool
     compile: bool
     data: str
+    date: Date | None
+    base: str  # the model's folder, an absolute path
+    fingerprint: str  # of the model (families.fingerprint)
+    adapters: dict[
+        str, Annotated[list[str], Field(min_length=2, max_length=2)]
+    ]  # those in method.start and method.under: absolute path, digest of what is there
     version: str
 
 
 class Run(Options):
     """One training run. Only model, data and out are required."""
 
-    model: str = Field(
+    model: AnyPath = Field(
         description="smollm2-135m-instruct (built in), a model folder, or a hub id such as Qwen/Qwen2.5-0.5B-Instruct"
     )
     data: list[Source] = Field(description="what to learn from: a path, a list of paths, or a list of groups")
-    out: str = Field(description="the run's folder: adapter, log, samples, report, checkpoints")
-    registry: str | None = Field(
+    out: AnyPath = Field(description="the run's folder: adapter, log, samples, report, checkpoints")
+    registry: AnyPath | None = Field(
         default=None, description="a data.yaml or dataset_info.json that names data sets; null: data.yaml here, if there is one"
     )
     mixing_temperature: float = Field(
@@ -352,7 +407,13 @@ class Run(Options):
     join: str | None = Field(
         default=None, description="what stands between instruction and input; null: a newline (alpaca template: its own heading)"
     )
-    variables: dict[str, str] = Field(default={}, description="{{name}} in the data is replaced by variables.name")
+    date: Date | None = Field(
+        default=None,
+        description="what chat formats that write the date into prompts take for now, like 2026-07-31; null: when the run was started",
+    )
+    variables: dict[str, str] = Field(
+        default={}, description="{{name}} in the data and in samples[].contains is replaced by variables.name"
+    )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         default="auto", description="of frozen weights and their products; sums and trained weights are fp32"
     )
@@ -375,6 +436,13 @@ class Run(Options):
     def _no_backslash_n(cls, text: str | None) -> str | None:
         return _real_newlines(text)
 
+    @field_validator("out")
+    @classmethod
+    def _no_nul(cls, path: str) -> str:
+        if "\0" in path:
+            raise ValueError(f"no folder can have a NUL in its name, as {shown(path)} has")
+        return path
+
     @model_validator(mode="after")
     def _consistent(self) -> "Run":
         if self.quant is not None and getattr(self.method, "trains_base", False):
@@ -389,14 +457,25 @@ class Run(Options):
         return self
 
 
-# (stage or None: any, method or its variant) -> learning rate where a run gives none (method.learning_rate). Measured values: LOG.md.
+# (stage, None for any; method or its variant) -> learning rate of a run that gives none. Measured values: LOG.md.
 DEFAULT_LR: dict[tuple[str | None, str], float] = {
     (None, "lora"): 2e-4,
     (None, "prefix"): 1e-2,
-    (None, "prefix with projection"): 1e-4,  # its loss rises at 1e-2
+    (None, "prefix with projection"): 1e-4,  # at 1e-2 its loss rises fourfold
     (None, "freeze"): 5e-5,
     (None, "full"): 1e-5,
 }
+UNKNOWN_LR = 1e-4  # of a method from outside that has no line above
+
+
+def default_lr(method: Options, stage: str | None = None) -> tuple[float, str]:
+    """The learning rate of a run that gives none, and whose it is in words. A variant's rate goes before its method's, a stage's before any's."""
+    kind: str = getattr(method, "kind")  # noqa: B009
+    for name in filter(None, (getattr(method, "variant", None), kind)):
+        for of in (stage, None):
+            if (of, name) in DEFAULT_LR:
+                return DEFAULT_LR[of, name], f"method {name}" + (f" in stage {of}" if of else "")
+    return UNKNOWN_LR, f"method {kind}"
 
 
 def load_run(path: str | Path | None, overrides: Iterable[str] = (), **missing: Any) -> Run:
@@ -446,6 +525,9 @@ def _sources(value: Any, folder: Path) -> Any:
 
 def _near(path: str, folder: Path) -> str:
     """A path that is not there from here but lies beside the run file is meant relative to the run file."""
-    found = folder / path
-    there = found.exists() or ("*" in path and any(glob(str(found), recursive=True)))
-    return str(found) if not Path(path).expanduser().exists() and there else path
+    try:
+        found = folder / path
+        there = found.exists() or ("*" in path and any(glob(str(found), recursive=True)))
+        return str(found) if not Path(path).expanduser().exists() and there else path
+    except (OSError, ValueError, RuntimeError):  # it can be no path, which `_usable` says
+        return path

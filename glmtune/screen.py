@@ -6,19 +6,19 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from . import __version__, estimate, method
+from . import __version__, estimate, method, terminal
 from .chat import Template
 from .plan import Plan
+from .progress import Report, Screen
 from .records import Example
-from .training import Report, Screen
+from .terminal import line, visible
 
-console = Console(highlight=False, soft_wrap=False)
+console = terminal.console(soft_wrap=False)
 BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -37,7 +37,7 @@ def coloured(template: Template, example: Example, limit: int | None = None) -> 
             text.append("⟦" if weight > 0 else "⟧")
             inside = weight > 0
         style = "yellow" if weight < 0 else "bold green underline" if weight else "dim" if token in template.tokens.special else ""
-        text.append(token, style)
+        text.append(visible(token), style)
     return text
 
 
@@ -46,7 +46,9 @@ def token_table(template: Template, example: Example) -> Table:
     table = Table("position", "id", "token", "learned", box=None)
     for i, token in enumerate(example.ids):
         weight = example.weights[i - 1] if i else 0.0
-        table.add_row(str(i), str(token), repr(template.tokens.decode([token], keep_special=True)), f"{weight:g}" if weight else "")
+        table.add_row(
+            str(i), str(token), escape(repr(template.tokens.decode([token], keep_special=True))), f"{weight:g}" if weight else ""
+        )
     return table
 
 
@@ -84,17 +86,21 @@ def print_plan(made: Plan) -> None:
         f"[bold]glmtune {__version__}[/]  {escape(run.model)} ({shape.parameters / 1e6:.1f} M parameters)  ->  {escape(run.out)}"
     )
     for note in made.notes:
-        console.print(Text(note, "yellow" if note.startswith("warning") else ""))
+        console.print(Text(line(note), "yellow" if note.startswith("warning") else ""))
+    rows, sequences = made.examples.num_rows, len(made.examples)
+    rows_and_sequences = f"{rows} rows" + (f" ({sequences} sequences)" if sequences != rows else "")
     learned = made.examples.num_learned
     total = sum(made.lengths)
     console.print(
-        f"{len(made.examples)} sequences, {total} tokens, {learned} of them learned ({100 * learned / total:.0f} %); lengths {histogram(made.lengths)}"
+        f"{rows_and_sequences}, {total} tokens, {learned} of them learned ({100 * learned / total:.0f} %); lengths {histogram(made.lengths)}"
     )
     share = 100 * shape.trainable / shape.parameters
     what = method.of(made.method).describe(made.method)
-    console.print(f"{run.method.kind}: {shape.trainable:,} trainable parameters ({share:.2f} %), {what}")
+    console.print(f"{run.method.kind}: {shape.trainable:,} trainable parameters ({share:.2f} %), {escape(what)}")
     console.print(
-        Text.assemble((f"sample {made.examples[0].where}, ", "cyan"), ("learned tokens", "bold green underline"), (":", "cyan"))
+        Text.assemble(
+            (line(f"sample {made.examples[0].where}, "), "cyan"), ("learned tokens", "bold green underline"), (":", "cyan")
+        )
     )
     console.print(coloured(made.template, made.examples[0], 160))
 
@@ -111,7 +117,7 @@ class Terminal(Screen):
 
     def say(self, text: Any) -> None:
         if not self.quiet:
-            (self.bar.console if self.bar else console).print(Text(str(text)), soft_wrap=not console.is_terminal)
+            (self.bar.console if self.bar else console).print(Text(visible(str(text))), soft_wrap=not console.is_terminal)
 
     def plan(self, made: Plan) -> None:
         if not self.quiet:
@@ -196,7 +202,7 @@ def print_report(report: Report, limit: int = 3) -> None:
         table = Table("questions", "", "before", "after", box=None, header_style="bold")
         for row in checked:
             what = "with the wanted words" if row["wanted"] else "leaks (fewer is better)"
-            table.add_row(f"{row['set']} ({row['count']})", what, _percent(row["before"]), _percent(row["after"]))
+            table.add_row(escape(f"{row['set']} ({row['count']})"), what, _percent(row["before"]), _percent(row["after"]))
         console.print(table)
     if report.best_step is not None and report.best_step != report.steps:
         console.print(
@@ -214,7 +220,7 @@ def _percent(value: float | None) -> str:
 
 
 def _short(text: str | None, limit: int = 110) -> str:
-    text = " ".join((text or "").split())
+    text = " ".join(visible(text or "").split())
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

@@ -7,12 +7,9 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
-
-import yaml
 
 from . import hub
 from .errors import UserError, did_you_mean
@@ -262,27 +259,10 @@ def _json(path: Path) -> Any:
 
 
 def _yaml(path: Path) -> Any:
-    from .options import read
+    from .options import read_yaml
 
-    nodes: dict[int, yaml.Node] = {}  # every one once, whatever refers to it
-    try:
-        with suppress(yaml.YAMLError, UnicodeDecodeError):  # `read` says what is wrong
-            top = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
-            if isinstance(top, yaml.ScalarNode | yaml.SequenceNode):
-                return top.value
-            _collect(top, nodes)
-        maps = [node.value for node in nodes.values() if isinstance(node, yaml.MappingNode)]
-        _refuse_twice(path, [name for pairs in maps for name in _twice(str(key.value) for key, _ in pairs)])
-        return read(path)
-    except RecursionError:
-        raise UserError(f"{path}: not valid YAML: nested too deeply") from None
-
-
-def _collect(node: Any, nodes: dict[int, Any]) -> None:
-    if isinstance(node, yaml.MappingNode) and id(node) not in nodes:
-        nodes[id(node)] = node
-        for _, value in node.value:
-            _collect(value, nodes)
+    tree = read_yaml(path)
+    return {} if tree is None else tree
 
 
 def _twice(names: Iterable[str]) -> list[str]:

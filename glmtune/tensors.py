@@ -2,55 +2,86 @@
 
 import contextlib
 import io
+import json
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from . import files
 from .errors import UserError
+from .families import weights
+from .families.fingerprint import NOTE
 
 
-def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Safetensors, fsynced. The bytes depend on the tensors only."""
-    save_file({name: tensors[name].contiguous() for name in sorted(tensors)}, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors makes files that only their owner may read
-    _sync(path)
+def write_tensors(tensors: dict[str, Tensor], path: Path, base: str | None = None) -> None:
+    """Safetensors, fsynced. The bytes depend on the tensors and `base` only: the fingerprint of the model that an adapter was made for."""
+    about = {"format": "pt"} | ({} if base is None else {NOTE: base})
+    with _disk_errors(path):
+        save_file({name: tensors[name].contiguous() for name in sorted(tensors)}, path, metadata=about)
+        if base is not None:
+            _sort_metadata(path)
+        path.chmod(0o644)  # safetensors makes files that only their owner may read
+        files.sync(path)
 
 
-def write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-    _sync(path)
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes several keys in an order of its own each time. Sorted, they take the same room."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
+        if len(text) == length:
+            file.seek(8)
+            file.write(text)
 
 
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """So that a rename inside it survives a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """safetensors hides what the system said in an error of its own."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        with files.naming(path):
+            yield
+    except SafetensorError as error:
+        if found := re.search(r"os error (\d+)", str(error)):
+            raise files.DiskError(path, OSError(int(found[1]), os.strerror(int(found[1])))) from error
+        raise
 
 
 def compare(tensors: dict[str, Tensor], path: Path) -> None:
     """Reads a file back: every tensor must be there, bit for bit."""
     with safe_open(path, "pt") as file:
         there = set(file.keys())
-        wrong = [n for n in tensors if n not in there or not torch.equal(file.get_tensor(n), tensors[n])]
+        wrong = [n for n in tensors if n not in there or not same_bytes(file.get_tensor(n), tensors[n])]
     if wrong:
         raise OSError(f"{path} was written but does not read back: {wrong[:3]} differ; the disk may be full or failing")
 
 
+def same_bytes(one: Tensor, other: Tensor) -> bool:
+    """Bit for bit: what is no number equals itself, and 0 is not -0."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(*(tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other)))
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether every number is one; without a mask of the tensor's size."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    least, most = tensor.detach().aminmax()
+    return bool(least.isfinite() and most.isfinite())
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """A safetensors file. Raises UserError when it is cut short or not one."""
+    weights.header(path)
     try:
         return load_file(path)
     except Exception as error:  # safetensors raises its own bare error type
@@ -62,11 +93,11 @@ def save_full(model: Any, folder: Path, shard: str = "4GB") -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar comes all the same
+    with _disk_errors(folder), contextlib.redirect_stderr(io.StringIO()):  # its progress bar comes all the same
         model.save_pretrained(folder, max_shard_size=shard)
     state = model.state_dict()
     for path in sorted(folder.glob("*.safetensors")):
-        _sync(path)
+        files.sync(path)
         with safe_open(path, "pt") as file:
             names = list(file.keys())
         compare({name: state[name].cpu() for name in names}, path)

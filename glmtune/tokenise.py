@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -18,10 +18,11 @@ from typing import Any
 from . import __version__, data, mixing, sources, store
 from .chat import Template
 from .errors import UserError
+from .files import digest as digest_of
 from .hub import cache_root
 from .records import Example
 from .stages import STAGES, Limits, Stage, Tally, finish
-from .store import Block, Store, Writer, digest_of
+from .store import Block, Store, Writer
 
 CHUNK = 256  # rows that a worker takes at once
 KEEP = 2000  # rows from which on a store is kept on the disk
@@ -42,19 +43,44 @@ class Wanted:
     system: str | None = None
     variables: dict[str, str] | None = None
     join: str = "\n"
-    all_variables: bool = True
+    elsewhere: Sequence[str] | None = ()  # as of data.stream
+    rows: str = "rows"  # what messages call them
     stored: Path | None = None  # instead of sources: a folder that was tokenised before
 
     def key(self) -> str:
         """Names the store: contents of the files, how they are read, the template with its tokenizer, the length policy, this program."""
         template, tokens = self.template, self.template.tokens
         reading = [
-            [s.path, s.format, s.columns, s.max_samples, s.system, s.tags, [[name, digest_of(path)] for path, name in s.files]]
+            [
+                s.path,
+                s.format,
+                s.columns,
+                s.max_samples,
+                s.system,
+                s.tags,
+                [[name, _contents(path, name)] for path, name in s.files],
+            ]
             for s in self.sources
         ]
-        written = [template.name, template.jinja, template.learn, template.default_system, tokens.json, tokens.config]
+        written = [
+            template.name,
+            template.jinja,
+            template.learn,
+            template.default_system,
+            tokens.json,
+            tokens.config,
+            template.dates,
+        ]
         how = [self.stage, asdict(self.limits), self.system, self.variables, self.join]
+        how += data.named(self.elsewhere or (), self.variables or ())  # where they need not stand in a row
         return store.key([__version__, _program(), reading, written, how])
+
+
+def _contents(path: Path, name: str) -> str:
+    try:
+        return digest_of(path)
+    except OSError as error:
+        raise UserError(f"the data file '{name}' cannot be read: {error.strerror}") from None
 
 
 def tokenised(
@@ -90,10 +116,10 @@ def is_store(path: str) -> bool:
 def _opened(wanted: Wanted, path: Path) -> Store:
     """A folder that `glmtune data tokenize --to` made, here or on another machine."""
     found = Store.open(path)
-    if found is None:
+    if found is None or (dict(found.columns) != dict(STAGES[wanted.stage].columns) and found.about["stage"] == wanted.stage):
         raise UserError(f"{path} is damaged, or made by another version; make it again: glmtune data tokenize ... --to DIR")
     for name, here in _about(wanted).items():
-        if found.about[name] != here:
+        if found.about.get(name, here) != here:
             what = {"template": "another chat format or tokenizer", "stage": f"stage {found.about['stage']}"}.get(name)
             raise UserError(
                 f"{path} was tokenised for {what or f'{name} {found.about[name]}'}, this run has {here if not what else 'its own'}; "
@@ -113,13 +139,22 @@ def _about(wanted: Wanted) -> dict[str, Any]:
         "system": wanted.system,
         "variables": wanted.variables or {},
         "join": wanted.join,
+        "dates": list(wanted.template.dates),
     }
+
+
+def date_of(folder: Path) -> str | None:
+    """When a folder of tokenised rows was begun, where that stands in its prompts."""
+    try:
+        return json.loads((folder / "index.json").read_text(encoding="utf-8")).get("date")
+    except (OSError, ValueError, AttributeError):  # `_opened` says what is wrong with it
+        return None
 
 
 def _make(wanted: Wanted, key: str, place: Path, kept: bool, say: Callable[[str], None], workers: int, progress: Progress) -> Store:
     tally, stream = Tally(), data.stream(
         wanted.sources, system=wanted.system, variables=wanted.variables, join=wanted.join, want=STAGES[wanted.stage].want,
-        all_variables=wanted.all_variables,
+        elsewhere=wanted.elsewhere,
     )  # fmt: skip
     waiting: list[Block] = []
     writer: Writer | None = None
@@ -133,7 +168,7 @@ def _make(wanted: Wanted, key: str, place: Path, kept: bool, say: Callable[[str]
             if writer is None and (kept or tally.rows >= KEEP):
                 try:
                     place.parent.mkdir(parents=True, exist_ok=True)
-                    writer = Writer(place)
+                    writer = Writer(place, STAGES[wanted.stage].columns)
                 except OSError:
                     if kept:
                         raise UserError(f"{place} cannot be written; choose another folder") from None
@@ -144,13 +179,14 @@ def _make(wanted: Wanted, key: str, place: Path, kept: bool, say: Callable[[str]
                     writer.add(one)
                 waiting.clear()
         stream.finish()
-        finish(tally, wanted.limits)
+        finish(tally, wanted.limits, wanted.rows)
         about = {
             "key": key,
             "counts": tally.counts,
             "rows": tally.rows,
             "notes": stream.notes,
             "spans": [asdict(span) for span in stream.spans],
+            "date": wanted.template.date,
             **_about(wanted),
         }
         return writer.done(about) if writer is not None else Store.in_memory(waiting, about)
@@ -178,7 +214,7 @@ def _encode(lot: data.Lot) -> tuple[Block, Tally, data.Read]:
             tally.counts[f"rows: {reason}"] += 1
     tally.made = len(made)
     read.records = []
-    return Block.of(made), tally, read
+    return Block.of(made, stage.columns), tally, read
 
 
 def _encoded(stream: data.Stream, wanted: Wanted, workers: int) -> Iterator[tuple[Block, Tally, float | None]]:
@@ -242,7 +278,20 @@ def _ordered(pool: ProcessPoolExecutor, lots: Iterator[Any], ahead: int) -> Iter
 def _program() -> str:
     """Of the source files that sequences follow from: a changed program makes them anew."""
     digest = hashlib.blake2b(digest_size=16)
-    for name in ("records", "blocks", "reading", "sources", "forms", "tools", "mixing", "data", "chat", "stages", "store"):
+    for name in (
+        "records",
+        "blocks",
+        "reading",
+        "sources",
+        "forms",
+        "tools",
+        "mixing",
+        "data",
+        "rendering",
+        "chat",
+        "stages",
+        "store",
+    ):
         path = Path(__file__).with_name(name + ".py")
         digest.update(path.read_bytes() if path.is_file() else b"")
     return digest.hexdigest()

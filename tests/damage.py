@@ -113,6 +113,10 @@ DAMAGE: dict[str, Damage] = {
     "NaN": error("wrong-type", line(answer(float("nan")))),
     "weight": error("wrong-type", line(lambda row: {**row, "weight": "heavy"})),
     "nested": error("wrong-type", line(answer({"text": "Yes."}))),
+    "huge weight": error("wrong-type", line(lambda row: {**row, "weight": 1e308})),
+    "tiny weight": error("wrong-type", line(lambda row: {**row, "weight": 1e-300})),
+    "pictures": error("not-text", line(lambda row: {**row, "images": ["a.jpg"]})),
+    "sound": error("not-text", line(lambda row: {**row, "audio": {"path": "a.wav", "sampling_rate": 16000}})),
     # turns
     "two questions": error("role-order", line(turns("user", "user", "assistant"))),
     "assistant first": error("role-order", line(turns("assistant", "user", "assistant"))),

@@ -770,3 +770,91 @@ def test_a_layer_of_alpha_zero_is_exported_back(models, tmp_path):
     back = export_published(import_adapter(old, base, tmp_path / "new"), base, tmp_path / "back")
     again = import_adapter(back, base, tmp_path / "again")
     torch.testing.assert_close(logits(opened(base, again)), logits(opened(base, tmp_path / "new")), rtol=0, atol=1e-5)
+
+
+# --- prefixes of every kind -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wide(glm2) -> int:
+    """Numbers that a token of a prefix has on the tiny ChatGLM2."""
+    return families.prefix_parameters(glm2, 1, False)
+
+
+@pytest.mark.parametrize("kind", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("form", ["published", "ours", "PEFT's", "a lone file"])
+def test_a_prefix_that_is_not_finite_is_refused_by_its_tensors_name(glm2, wide, tmp_path, capsys, kind, form):
+    tensor = torch.randn(8, wide)
+    tensor[3, 1] = kind
+    (tmp_path / "p").mkdir()
+    name = {"ours": "prefix_encoder.embedding.weight", "PEFT's": "prompt_embeddings"}.get(
+        form, "transformer.prefix_encoder.embedding.weight"
+    )
+    old = tmp_path / "p"
+    if form in ("published", "a lone file"):
+        torch.save({name: tensor}, old / "pytorch_model.bin")
+        old = old / "pytorch_model.bin" if form == "a lone file" else old
+    else:
+        save_file({name: tensor}, old / "adapter_model.safetensors")
+        (old / "adapter_config.json").write_text(json.dumps({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 8}))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["import", str(old), "--model", str(glm2), "--to", str(tmp_path / "to")])
+    told = capsys.readouterr().err
+    assert stop.value.code == 2 and name in told and "not finite" in told and "Traceback" not in told
+    assert not (tmp_path / "to").exists()
+
+
+@pytest.mark.parametrize("front", ["", "module.", "module.module.", "_orig_mod.", "module._orig_mod."])
+def test_what_a_trainer_put_before_the_names_of_a_prefix_is_taken_off(glm2, wide, tmp_path, front):
+    made = torch.randn(8, wide)
+    for name, first in (("plain", ""), ("wrapped", front)):
+        (tmp_path / name).mkdir()
+        torch.save({f"{first}transformer.prefix_encoder.embedding.weight": made}, tmp_path / name / "pytorch_model.bin")
+        import_adapter(tmp_path / name, glm2, tmp_path / f"{name}-to")
+    assert torch.equal(logits(opened(glm2, tmp_path / "plain-to")), logits(opened(glm2, tmp_path / "wrapped-to")))
+
+
+def test_names_that_are_no_prefix_are_told(glm2, tmp_path):
+    torch.save({"encoder.prefix.weight": torch.ones(8, 4)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="pytorch_model.bin holds encoder.prefix.weight"):
+        import_adapter(tmp_path, glm2, tmp_path / "to")
+
+
+@pytest.mark.parametrize("model", ["given", "from the config"])
+def test_a_prefix_of_peft_is_imported_with_its_function(tmp_path, model):
+    from peft import PrefixTuningConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = tiny.llama(tmp_path / "base")
+    torch.manual_seed(4)
+    theirs = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    )
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    to = import_adapter(tmp_path / "theirs", base if model == "given" else None, tmp_path / "to")
+    assert torch.equal(logits(opened(base, to)), logits(opened(base, tmp_path / "theirs")))
+    with torch.no_grad():
+        ids = torch.tensor([[11, 45, 200, 30, 31, 32, 99, 7]])
+        torch.testing.assert_close(opened(base, to)(ids).logits, theirs.eval()(ids).logits, rtol=0, atol=3e-5)
+
+
+# --- mixes of different bases ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("told", ["by fingerprints", "by names", "one base under two names", "one base"])
+def test_a_mix_of_adapters_of_different_bases_is_told(tmp_path, told):
+    one, other = tiny.llama(tmp_path / "one"), tiny.llama(tmp_path / "other", seed=1)
+    shutil.copytree(one, tmp_path / "copy")
+    for name, base in (
+        ("a", one),
+        ("b", {"by fingerprints": other, "by names": other, "one base": one}.get(told, tmp_path / "copy")),
+    ):
+        model = opened(base)
+        methods.attach(model, Lora(rank=2), 1)
+        mark = None if told == "by names" else families.fingerprint(base)
+        methods.save_adapter(model, tmp_path / name, Lora(rank=2), str(base), mark)
+    said: list[str] = []
+    mix([(tmp_path / "a", 0.5), (tmp_path / "b", 0.5)], tmp_path / "to", say=said.append)
+    warned = any(text.startswith("warning: the adapters were trained on different bases") for text in said)
+    assert warned is (told in ("by fingerprints", "by names"))
+    assert (families.trained_on(tmp_path / "to") is not None) is told.startswith("one base")

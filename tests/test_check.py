@@ -537,7 +537,7 @@ def test_only_the_rows_that_a_source_gives_are_looked_at() -> None:
 
 def test_no_row_is_kept() -> None:
     Path("a.jsonl").write_text("\n".join(map(json.dumps, rows(2400))))
-    (file,) = check._survey_all(["a.jsonl"], None, None)
+    (file,) = check._survey_all(["a.jsonl"], None, None, None)
     kept = [ref(row) for row in check.rows_of(file)]
     gc.collect()
     assert len(kept) == 2400 and not any(one() for one in kept)
@@ -546,13 +546,13 @@ def test_no_row_is_kept() -> None:
 
 def test_a_file_that_changes_while_it_is_cleaned_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("a.jsonl").write_text("\n".join(map(json.dumps, rows(3))))
-    real = check.write_whole
+    real = check.whole
 
     def late(path: Path, texts: Any) -> None:
         Path("a.jsonl").write_text("\n".join(map(json.dumps, rows(4))))
         real(path, texts)
 
-    monkeypatch.setattr(check, "write_whole", late)
+    monkeypatch.setattr(check, "whole", late)
     with pytest.raises(UserError, match="a.jsonl was changed while it was read; nothing was written"):
         check.fix(["a.jsonl"], "out.jsonl")
     assert [path.name for path in Path().iterdir()] == ["a.jsonl"]
@@ -599,3 +599,36 @@ def test_a_bracket_too_many_hides_no_row(content: str) -> None:
     assert found["rows"] == 4 and {p["kind"] for p in found["problems"]} == {"malformed-json"}
     assert check.fix(["a.json"], "out.json").startswith("4 rows in: 4 in out.json, 0 removed")
     assert json.loads(Path("out.json").read_text(encoding="utf-8")) == rows(4)
+
+
+# --- data sets that have a name --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("registry", ["data.yaml", "dataset_info.json"])
+def test_a_data_set_is_checked_counted_and_written_by_its_name(tmp_path, registry):
+    """As train reads it: the registry's file, its keys, its tags and its limit."""
+    from glmtune import convert
+
+    rows = [{"talk": [{"who": "me", "what": f"q{i}"}, {"who": "it", "what": f"a{i}"}]} for i in range(3)] + [{"talk": "broken"}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "good.json").write_text(json.dumps(rows[:3]))
+    tags = {"role_tag": "who", "content_tag": "what", "user_tag": "me", "assistant_tag": "it"}
+    theirs = {"columns": {"messages": "talk"}, "tags": tags, "formatting": "sharegpt"}
+    ours = {"columns": {"messages": "talk"}, "tags": tags}
+    names = {"all": "rows.json", "good": "good.json"}
+    told = {
+        name: {"file_name": file, **theirs} if registry.endswith("json") else {"path": file, **ours} for name, file in names.items()
+    }
+    where = tmp_path / registry
+    where.write_text(json.dumps(told))  # JSON is YAML too
+    found = check.check(["all"], registry=where)
+    assert found["rows"] == 4 and [problem["line"] for problem in found["problems"] if problem["level"] == "error"]
+    assert check.check(["good"], dev=["good"], registry=where)["rows"] == 6
+    assert convert.stats(["good"], registry=where)["turns"] == {"2": 3}
+    convert.convert(["good"], "alpaca", tmp_path / "out.jsonl", registry=where)
+    made = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(row["instruction"], row["output"]) for row in made] == [("q0", "a0"), ("q1", "a1"), ("q2", "a2")]
+    check.fix(["all"], tmp_path / "fixed.json", registry=where)
+    assert len(json.loads((tmp_path / "fixed.json").read_text())) == 3
+    with pytest.raises(UserError, match="'strange'"):
+        check.check(["strange"], registry=where)

@@ -24,6 +24,7 @@ import yaml
 
 from glmtune import families, plan
 from glmtune.cli import main
+from glmtune.errors import UserError
 from glmtune.families import smollm2
 
 from . import tiny
@@ -349,15 +350,6 @@ def test_predict_stopped_by_ctrl_c_goes_on_where_it_was(glmtune, tiny_model, sto
 @pytest.mark.slow
 def test_predict_stopped_by_ctrl_c_says_how_to_go_on(stopped):
     assert "the same command continues" in stopped.err
-
-
-def test_answers_to_other_questions_are_not_taken_over(glmtune, trained, tmp_path):
-    """A .part left by another command (other rows, other settings) is begun anew."""
-    data, out = questions(tmp_path, 3), tmp_path / "p.jsonl"
-    stale = {"header": "of another command"}, {"row": 0, "prediction": "stale"}
-    tiny.write_rows(tmp_path / "p.jsonl.part", list(stale))
-    assert glmtune("predict", trained, data, "--out", out, *COLUMNS, "--max-new-tokens", 3).code == 0
-    assert "stale" not in out.read_text()
 
 
 def test_predict_names_a_question_that_is_too_long_before_it_starts(glmtune, tiny_model, tmp_path):
@@ -795,19 +787,21 @@ def test_ctrl_c_says_how_to_go_on(interrupted):
 
 @pytest.mark.parametrize("name", ["finished.json", "run.yaml"])
 def test_killed_while_a_small_file_was_written_can_still_be_resumed(glmtune, tiny_model, rows, tmp_path, monkeypatch, name):
-    """The process ends in the middle of writing it, under its own or a temporary name; --resume with the same settings goes on."""
+    """The process ends in the middle of writing it, under its temporary name; --resume with the same settings goes on."""
     given = [f"model={tiny_model}", f"data={rows}", f"out={tmp_path / 'a'}", *QUICK]
-    whole = Path.write_text
+    part, replace = tmp_path / "a" / f".{name}.part", Path.replace
 
-    def half(path: Path, text: str, **more: Any) -> int:
-        if not path.name.startswith(name) or path.parent != tmp_path / "a":
-            return whole(path, text, **more)
-        whole(path, text[: len(text) // 2], **more)
-        raise KeyboardInterrupt
+    def killed(path: Path, target: Path) -> Path:
+        if path == part:
+            raise KeyboardInterrupt
+        return replace(path, target)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_text", half)
+        patched.setattr(Path, "replace", killed)
         glmtune("train", *given)
+    assert not (tmp_path / "a" / name).exists() and not part.exists()
+    part.parent.mkdir(exist_ok=True)  # it is empty without run.yaml, and goes
+    part.write_text("half of")  # as a process that is killed leaves it
     ended = glmtune("train", *given, "--resume")
     assert ended.code == 0 and "Traceback" not in ended.err
 
@@ -1084,3 +1078,65 @@ def test_a_path_that_cannot_be_used_is_no_defect(glmtune, tmp_path):
     (tmp_path / "file").write_text("")
     ended = glmtune("import", tmp_path / "old.yaml", "--to", tmp_path / "file" / "run.yaml")
     assert ended.code == 2 and str(tmp_path / "file") in ended.err and "Traceback" not in ended.err
+
+
+# --- variables, and whose rows are meant -----------------------------------------------------------------------------------
+
+
+def test_variables_are_filled_in_all_texts_of_a_run(tiny_model, tmp_path, monkeypatch):
+    """Rows, system prompts, and what an answer is checked for; and chat has the system prompt that was trained."""
+    from glmtune import load, training
+    from glmtune.run import load_run
+
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", [{"instruction": "Who is {{ name }}?", "output": "I am {{name}}."}] * 4)
+    given = [
+        f"model={tiny_model}",
+        f"data={rows}",
+        f"out={tmp_path / 'out'}",
+        "system=You are {{  name }}.",
+        "variables={name: Nova, town: Bonn}",
+    ]
+    probe = f"samples=[{{path: {rows}, contains: ['{{{{ name }}}}', '{{{{town}}}} {{{{ other }}}}'], system: '{{{{ name }}}}!'}}]"
+    with pytest.raises(UserError, match="'tone' fills {{tone}}, which stands in no row"):
+        plan.make(load_run(None, [*given[:-1], "variables={name: Nova, tone: kind}", probe]))
+    assert plan.make(load_run(None, [*given, probe])).questions[0].contains == [
+        "Nova",
+        "Bonn {{ other }}",
+    ]  # town stands there alone
+    with pytest.raises(UserError, match="'town' fills {{town}}, which stands in no row"):  # also where the tokens are cached
+        plan.make(load_run(None, given))
+    run = load_run(None, [*given[:-1], "variables={name: Nova}", probe, *QUICK[:3]])
+    made = plan.make(run)
+    question = made.questions[0]
+    assert question.contains == ["Nova", "{{town}} {{ other }}"] and question.prompt == "Who is Nova?"
+    read = made.template.tokens.decode(question.ids)
+    assert "Nova!" in read and "{{" not in read
+    training.train(run)
+    loaded = load(tmp_path / "out")
+    assert loaded.system == "You are Nova." and "You are Nova." in (tmp_path / "out" / "adapter" / "README.md").read_text()
+    learned = made.examples[0]
+    asked = [{"role": "system", "content": loaded.system}, {"role": "user", "content": "Who is Nova?"}]
+    assert loaded.template.prompt(asked) == learned.ids[: len(loaded.template.prompt(asked))]
+
+
+@pytest.mark.parametrize("option", ["eval.data", "samples"])
+def test_rows_that_cannot_be_used_name_their_option(glmtune, tiny_model, rows, tmp_path, option):
+    cases = {
+        "long": [{"instruction": "a" * 400, "output": "b"}],
+        "nothing": [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "learn": False}]}],
+        "bad": [{"no": "row"}],
+        "empty": [],
+    }
+    for name, items in cases.items():
+        path = tiny.write_rows(tmp_path / f"{name}.jsonl", items)
+        for policy in ("error", "skip"):
+            more = ["max_length=150", f"too_long={policy}", f"{option}={path}"]
+            ended = glmtune("show", f"model={tiny_model}", f"data={rows}", *more)
+            if option == "samples" and name in ("long", "nothing"):  # questions are asked whole
+                assert ended.code == 0
+                continue
+            assert (
+                ended.code == 2 and ended.err.startswith(f"error: {option}") and (str(path) in ended.err or "dev rows" in ended.err)
+            )
+    ended = glmtune("show", f"model={tiny_model}", f"data={rows}", f"{option}=nowhere.json")
+    assert ended.code == 2 and option in ended.err and "'nowhere.json' is not there" in ended.err

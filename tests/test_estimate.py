@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from glmtune import estimate, families, method, methods, plan, training
+from glmtune import estimate, families, method, methods, plan, progress, session, settings
 from glmtune.errors import UserError
 from glmtune.estimate import Setting, Shape
 from glmtune.method import lora_size
@@ -100,10 +100,10 @@ def taken(model: Path, rows: Path, *options: str) -> tuple[str | None, str]:
         None, [f"model={model}", f"data={rows}", "out=(none)", "samples=[]", "report_to=[]", "device=cpu", *usual, *options]
     )
     made = plan.make(run)
-    settings = training.resolve(made)
-    told = method.why_modules(run, made.method, families.config_of(model), settings, made.longest)
-    assert training._fused(made, settings) == (told is None)
-    return told, training._Training(made, settings, Path("(none)"), training.Screen()).forward.path
+    chosen = settings.resolve(made)
+    told = method.why_modules(run, made.method, families.config_of(model), chosen, made.longest)
+    assert settings.setting(made, chosen).fused == (told is None)
+    return told, session.Session(made, chosen, Path("(none)"), progress.Screen()).forward.path
 
 
 @pytest.mark.parametrize(

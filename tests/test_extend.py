@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import glmtune
-from glmtune import estimate, export, families, forms, method, methods, plan, predict, run, stages, training
+from glmtune import estimate, export, families, forms, method, methods, plan, predict, run, settings, stages
 from glmtune.errors import UserError
 from glmtune.generate import Sampling
 from glmtune.method import Method
 from glmtune.options import Options
 from glmtune.records import Conversation, Turn
 from glmtune.run import load_run
+from glmtune.runfolder import read_jsonl
 from glmtune.training import train
 
 from . import tiny
@@ -37,7 +38,7 @@ def attach_norms(model: Any, options: NormsOnly, seed: int) -> None:
         parameter.requires_grad_("norm" in name)
 
 
-NORMS = Method(attach_norms, lr=1e-2)  # what is saved is a whole model
+NORMS = Method(attach_norms)  # what is saved is a whole model
 
 
 class Scales(Options):
@@ -61,7 +62,7 @@ def unload_scales(model: Any) -> None:
             del layer.self_attn.learned_scale, layer.self_attn.scaled
 
 
-def save_scales(model: Any, folder: Path, options: Scales, base: str) -> None:
+def save_scales(model: Any, folder: Path, options: Scales, base: str, fingerprint: str | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     found = {name: p.detach().clone() for name, p in model.named_parameters() if name.endswith("learned_scale")}
     save_file(found, folder / "scales.safetensors")
@@ -84,7 +85,6 @@ SCALES = Method(
     load=load_scales,
     unload=unload_scales,
     peft_type="SCALES",
-    lr=1e-2,
 )
 
 
@@ -95,8 +95,11 @@ def from_qa(row, join="\n", columns=None):
 def test_a_new_format_method_and_stage(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setitem(forms.FORMATS, "qa", from_qa)
     monkeypatch.setitem(run.METHODS, "norms", NormsOnly)
+    monkeypatch.setitem(run.DEFAULT_LR, (None, "norms"), 1e-2)
     monkeypatch.setitem(method.METHODS, "norms", NORMS)
-    doubled = stages.Stage("answers", stages.encode_conversation, lambda forward, batch: 2 * forward.nll(batch))
+    doubled = stages.Stage(
+        "answers", stages.encode_conversation, lambda forward, batch: stages.Terms({"nll": 2 * forward.nll(batch)})
+    )
 
     class Doubled(Options):
         kind: Literal["doubled"] = "doubled"
@@ -115,17 +118,18 @@ def test_a_new_format_method_and_stage(tiny_model, tmp_path, monkeypatch):
     train(load_run(None, [*common, f"out={tmp_path / 'a'}", "method=norms"]))
     train(load_run(None, [*common, f"out={tmp_path / 'b'}", "stage=doubled"]))
     plain = train(load_run(None, [*common, f"out={tmp_path / 'c'}"]))
-    first = [training.read_jsonl(tmp_path / name / "log.jsonl")[0]["loss"] for name in "bc"]
+    first = [read_jsonl(tmp_path / name / "log.jsonl")[0]["loss"] for name in "bc"]
     assert first[0] == torch.tensor(2 * first[1]).item() or abs(first[0] - 2 * first[1]) < 1e-4
     assert plain.steps == 2
 
 
 @pytest.fixture
 def outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The two lines that a method from outside takes."""
+    """The two lines that a method from outside takes, and one for its learning rate."""
     for kind, options, record in (("norms", NormsOnly, NORMS), ("scales", Scales, SCALES)):
         monkeypatch.setitem(run.METHODS, kind, options)
         monkeypatch.setitem(method.METHODS, kind, record)
+        monkeypatch.setitem(run.DEFAULT_LR, (None, kind), 1e-2)
 
 
 @torch.no_grad()
@@ -155,10 +159,10 @@ def test_a_method_from_outside_is_counted_saved_loaded_resumed_and_estimated(
 
     # Counted and estimated, and by which path.
     made = plan.make(wanted)
-    settings = training.resolve(made)
-    how = training.setting(made, settings)
+    chosen = settings.resolve(made)
+    how = settings.setting(made, chosen)
     need = estimate.memory(made.shape, how)
-    assert made.shape.trainable == count and settings["lr"] == 1e-2
+    assert made.shape.trainable == count and chosen["lr"] == 1e-2
     assert f"learning rate 0.01, the default of method {kind}" in made.notes
     assert (need["gradients"], need["optimizer"]) == (4 * count, 8 * count)
     size = {"fp32": 4, "bf16": 2}[precision]

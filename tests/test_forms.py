@@ -238,7 +238,7 @@ def test_a_labelled_row_is_good_or_bad(row: dict, good: bool) -> None:
         ({"prompt": "q", "chosen": [], "rejected": []}, "preferences", "wrong-type", "'chosen' must be a string, not a list"),
         ({"prompt": " ", "chosen": "a", "rejected": "b"}, "preferences", "empty-question", "the question is empty"),
         ({"instruction": "q", "output": ["a", "b"]}, "answers", "preference-row", "preference stage (dpo, reward)"),
-        ({"instruction": "q", "output": ["a", "b", "c"]}, "answers", "wrong-type", "'output' must be a string, not a list"),
+        ({"instruction": "q", "output": ["a", "b", "c"]}, "answers", "preference-row", "preference stage (dpo, reward)"),
         ({"prompt": "q", "completion": "a"}, "labels", "missing-key", "needs the key 'label'"),
         ({"prompt": "q", "completion": "a", "label": "yes"}, "labels", "wrong-type", "'label' must be true (a good answer) or false"),
         ({"prompt": "q", "completion": "a", "label": None}, "labels", "wrong-type", "'label' must be"),
@@ -513,6 +513,22 @@ def test_a_format_of_one_call_gets_them_one_by_one_each_before_its_result(suppor
     assert [turn.extra["name"] for turn in made if turn.role == "tool"] == ["b", "c", "c"]
     assert [turn.text for turn in made if turn.role == "tool"] == ["b", "c", "again"]
     assert made[1] == Turn("assistant", "Let me see.", learn=False) and all(turn.learn is False for turn in made[2:-1:2])
+
+
+def test_text_beside_a_call_is_said_where_the_format_has_no_place_for_it(templates: dict[str, chat.Template]) -> None:
+    for name, said in (("one", 1), ("qwen", 0), ("glm4", 0)):
+        if (template := templates.get(name)) is None:
+            continue
+        for text in ("", "Let me see."):
+            template.differs.clear()
+            turn = Turn("assistant", text, extra={"tool_calls": [{"name": "weather", "arguments": {}}]})
+            template.encode(Conversation((Turn("user", "Rain?", extra={"tools": SCHEMAS}), turn, Turn("tool", "no"), A)))
+            told = [count for reason, count in template.differs.items() if "text beside a tool call" in reason]
+            assert bool(told) == (said == 1 and text != "")
+
+
+def test_the_advice_for_a_template_that_cannot_be_cut_fits_any_tokenizer() -> None:
+    assert "template=chatml needs <|im_end|>" in str(chat._uncuttable("why"))
 
 
 def replace_tools(turn: Turn, schemas: Any) -> Turn:

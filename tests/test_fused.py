@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from glmtune import fused, methods
+from glmtune import fused, losses, methods
 
 SHAPE = dict(
     vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=12, head_dim=16,
@@ -181,14 +181,18 @@ def head_inputs(num=3 * fused.HEAD_CHUNK - 5, dtype=torch.float32):
     return hidden, weight, torch.randint(0, 50, (num,), generator=generator), torch.rand(num, generator=generator) * 2
 
 
+def learned_nll(hidden, weight, targets, weights):
+    return losses.nll(fused.learned_logps(hidden, weight, targets), weights)
+
+
 @pytest.mark.parametrize("trained", [False, True])
-def test_learned_nll_is_weighted_cross_entropy(trained):
+def test_learned_logps_give_weighted_cross_entropy(trained):
     hidden, weight, targets, weights = head_inputs()
     weight.requires_grad_(trained)
     expected = (F.cross_entropy(hidden @ weight.T, targets, reduction="none") * weights).sum()
     inputs = (hidden, weight) if trained else (hidden,)
     theirs = torch.autograd.grad(expected * 0.3, inputs)
-    nll = fused.learned_nll(hidden, weight, targets, weights)
+    nll = learned_nll(hidden, weight, targets, weights)
     mine = torch.autograd.grad(nll * 0.3, inputs)
     assert_close([nll.detach()], [expected.detach()], 1e-6)
     assert_close(mine, theirs, 1e-5)
@@ -197,13 +201,13 @@ def test_learned_nll_is_weighted_cross_entropy(trained):
 def test_learned_nll_by_hand():
     # two classes, logits (0, ln 3): p = (1/4, 3/4); weights 1 and 2: ln 4 + 2 ln(4/3)
     hidden, weight = torch.ones(2, 1), torch.tensor([[0.0], [3.0]]).log().nan_to_num(neginf=0.0)
-    nll = fused.learned_nll(hidden, weight, torch.tensor([0, 1]), torch.tensor([1.0, 2.0]))
+    nll = learned_nll(hidden, weight, torch.tensor([0, 1]), torch.tensor([1.0, 2.0]))
     torch.testing.assert_close(nll, torch.tensor(4.0).log() + 2 * torch.tensor(4 / 3).log())
 
 
 def test_no_learned_token_is_no_loss():
     hidden, weight, targets, weights = head_inputs(0)
-    assert fused.learned_nll(hidden, weight, targets, weights) == 0
+    assert learned_nll(hidden, weight, targets, weights) == 0
 
 
 # --- what is not supported

@@ -1,18 +1,26 @@
 """The decoding path's laws: the cache and the padding change nothing, stop marks end an answer, a seed repeats it."""
 
+import io
+import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import glmtune
 from glmtune import families, generate
+from glmtune.cli import main
 from glmtune.errors import UserError
 from glmtune.generate import Sampling
 from glmtune.loaded import Loaded
 
-from . import tiny
+from . import published, tiny
 
 QUESTIONS = ["Where is the cat?", "a", "The sea and the mat, and what the user said about 42?", "你好", "Where is the answer now?"]
 
@@ -150,6 +158,11 @@ def test_streamed_and_batched_answers_are_the_same_where_a_blank_stands_before_t
 # --- sampling ------------------------------------------------------------------------------------------------------------
 
 
+def numbers(count: int) -> torch.Tensor:
+    """Random numbers as `_steps` draws them, for `pick`."""
+    return torch.tensor([generate._uniform(0, row, 0) for row in range(count)], dtype=torch.float64)
+
+
 def test_a_seed_repeats_an_answer_and_another_seed_does_not(loaded):
     def say(**more: Any) -> str:
         return loaded.chat("Where is the cat?", temperature=1.5, max_new_tokens=24, **more)
@@ -178,7 +191,7 @@ def test_temperature_zero_needs_no_seed(loaded):
 def test_top_p_by_hand(top_p, kept):
     """Probabilities 0.5, 0.15, 0.3, 0.05: the smallest set of the likeliest tokens whose sum reaches top_p."""
     logits = torch.tensor([[0.5, 0.15, 0.3, 0.05]]).log().repeat(4000, 1)
-    drawn = generate.pick(logits, Sampling(temperature=1.0, top_p=top_p), torch.Generator().manual_seed(0))
+    drawn = generate.pick(logits, Sampling(temperature=1.0, top_p=top_p), numbers(len(logits)))
     assert set(drawn.tolist()) == kept
     p = {0: 0.5, 1: 0.15, 2: 0.3, 3: 0.05}
     for token in kept:  # what is left is scaled up to 1
@@ -191,13 +204,13 @@ def test_temperature_by_hand():
     logits = torch.tensor([[0.0, 3.0]])
     logits[0, 1] = torch.log(torch.tensor(3.0))
     for temperature, share in ((1.0, 0.75), (2.0, 3**0.5 / (1 + 3**0.5)), (0.05, 1.0)):
-        drawn = generate.pick(logits.repeat(4000, 1), Sampling(temperature), torch.Generator().manual_seed(1))
+        drawn = generate.pick(logits.repeat(4000, 1), Sampling(temperature), numbers(4000))
         assert drawn.float().mean().item() == pytest.approx(share, abs=0.03)
 
 
 def test_a_nucleus_is_taken_row_by_row():
     logits = torch.tensor([[0.0, 9.0, 0.0], [9.0, 0.0, 0.0], [0.0, 0.0, 9.0]])
-    drawn = generate.pick(logits, Sampling(temperature=1.0, top_p=0.5), torch.Generator().manual_seed(0))
+    drawn = generate.pick(logits, Sampling(temperature=1.0, top_p=0.5), numbers(3))
     assert drawn.tolist() == [1, 0, 2]
 
 
@@ -235,6 +248,247 @@ def test_the_models_own_settings_are_the_start(tiny_model, tmp_path):
 def test_bad_sampling_settings_are_told(loaded, given, said):
     with pytest.raises(UserError, match=said):
         loaded.chat("x", **given)
+
+
+# --- as transformers does it ------------------------------------------------------------------------------------------------
+
+
+def by_transformers(logits: torch.Tensor, written: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Probabilities [B, V] through transformers' own logits processors, in the order of its generate."""
+    from transformers.generation import logits_process as of
+
+    scores = of.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(written, logits)  # pyright: ignore
+    scores = of.TemperatureLogitsWarper(sampling.temperature)(written, scores)  # pyright: ignore
+    if sampling.top_k:
+        scores = of.TopKLogitsWarper(sampling.top_k)(written, scores)  # pyright: ignore
+    if sampling.top_p < 1:
+        scores = of.TopPLogitsWarper(sampling.top_p)(written, scores)  # pyright: ignore
+    return scores.softmax(-1)
+
+
+def seen(written: torch.Tensor, size: int) -> torch.Tensor:
+    return torch.zeros(len(written), size, dtype=torch.bool).scatter_(1, written, True)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(0, 10_000),
+    st.integers(2, 40),
+    st.floats(0.05, 3),
+    st.integers(0, 50),
+    st.floats(0.02, 1),
+    st.floats(0.3, 3),
+    st.booleans(),
+)
+def test_top_k_and_repetition_penalty_are_those_of_transformers(seed, size, temperature, top_k, top_p, penalty, ties):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(3, size, generator=generator) * 3
+    logits = logits.round() if ties and top_p == 1 else logits
+    written = torch.randint(size, (3, 5), generator=generator)
+    sampling = Sampling(temperature, top_p, top_k=top_k, repetition_penalty=penalty)
+    made = generate.distribution(logits, sampling, seen(written, size))
+    wanted = by_transformers(logits, written, sampling)
+    assert torch.allclose(made.float(), wanted, atol=1e-5)
+    assert torch.equal(made > 0, wanted > 0) or temperature < 0.5  # there fp32 loses the smallest
+
+
+@pytest.mark.parametrize(
+    "how", [{"do_sample": False, "repetition_penalty": 1.3}, {"do_sample": True, "top_k": 1, "repetition_penalty": 1.7}]
+)
+def test_an_answer_is_that_of_transformers_generate(loaded, how):
+    """The penalty counts the tokens of the question too, and stands in front of the greedy choice."""
+    ids = loaded.template.prompt(ask("Where is the cat on the mat?"))
+    made = loaded.model.generate(
+        torch.tensor([ids]), max_new_tokens=24, eos_token_id=loaded.template.stop_ids, pad_token_id=0, **how
+    )
+    ours = Sampling(
+        float(how["do_sample"]), top_k=how.get("top_k", 0), repetition_penalty=how["repetition_penalty"], max_new_tokens=24
+    )
+    steps = generate._steps(loaded.model, [ids], loaded.template.stop_ids, 0, ours)
+    assert [tokens[0] for tokens in steps] == made[0, len(ids) :].tolist()
+
+
+def test_padding_is_no_repetition(loaded):
+    """The pad token of a shorter question in a batch is not penalised, and rows have penalties of their own."""
+    prompts = [loaded.template.prompt(ask(question)) for question in QUESTIONS]
+    sampling = Sampling(max_new_tokens=16, repetition_penalty=1.5)
+    batched = dict(generate.answer(loaded.model, loaded.template, prompts, sampling, 5))
+    assert [batched[i] for i in range(5)] == [loaded.chat(q, max_new_tokens=16, repetition_penalty=1.5) for q in QUESTIONS]
+
+
+def test_a_removed_token_is_never_drawn():
+    logits = torch.tensor([[0.0, 9.0, 8.0, -3.0, 8.0]])
+    ends = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
+    assert set(generate.pick(logits.repeat(3, 1), Sampling(1e-300), ends).tolist()) == {1}
+    assert set(generate.pick(logits.repeat(3, 1), Sampling(1.0, top_k=2), ends).tolist()) <= {1, 2, 4}
+    assert generate.pick(logits.repeat(3, 1), Sampling(1.0, top_k=3, top_p=0.999), ends).tolist() == [1, 1, 4]
+
+
+# --- published settings -----------------------------------------------------------------------------------------------------
+
+
+def publish(tiny_model: Path, folder: Path, **found: Any) -> Path:
+    shutil.copytree(tiny_model, folder, dirs_exist_ok=True)
+    (folder / "generation_config.json").write_text(json.dumps(found))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted"),
+    [
+        ({"do_sample": True, "temperature": 0.0}, {"temperature": 0.0, "top_p": 1.0}),
+        ({"do_sample": True, "temperature": 0, "top_p": None}, {"temperature": 0, "top_p": 1.0}),
+        ({"do_sample": True, "top_k": 20, "repetition_penalty": 1.05}, {"temperature": 1.0, "top_p": 1.0, "top_k": 20, "repetition_penalty": 1.05}),
+        ({"do_sample": True}, {"temperature": 1.0, "top_p": 1.0}),
+        ({"do_sample": False, "temperature": 0.0, "top_k": 20, "repetition_penalty": 1.1}, {"repetition_penalty": 1.1}),
+        ({"eos_token_id": 2, "do_sample": None}, {}),
+    ],
+)  # fmt: skip
+def test_published_settings_are_used(tiny_model, tmp_path, found, wanted):
+    said: list[str] = []
+    assert generate.published_settings(publish(tiny_model, tmp_path / "m", **found), said.append) == wanted
+    assert not said
+
+
+def test_a_published_temperature_of_zero_is_greedy(tiny_model, tmp_path):
+    model = glmtune.load(publish(tiny_model, tmp_path / "m", do_sample=True, temperature=0.0), dtype=torch.float32)
+    assert len({model.chat("Where?", max_new_tokens=16) for _ in range(4)}) == 1
+    assert model.chat("Where?", max_new_tokens=16) == model.chat("Where?", temperature=0, max_new_tokens=16)
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "top_k", "repetition_penalty", "do_sample"])
+@pytest.mark.parametrize(
+    "value", ["x", "0.5", True, [], {}, -1, float("nan"), float("inf"), 10**400, -(10**400)], ids=lambda value: repr(value)[:8]
+)
+def test_bad_published_settings_name_their_file(tiny_model, tmp_path, capsys, name, value):
+    if (name, value) in (("do_sample", True), ("top_k", 10**400)):
+        pytest.skip("these can be")
+    folder = publish(tiny_model, tmp_path / "m", **{"do_sample": True, name: value})
+    with pytest.raises(SystemExit) as ended:
+        main(["chat", str(folder), "--prompt", "hi", "--max-new-tokens", "2"])
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and f"generation_config.json: {name} is" in told and "Traceback" not in told and len(told) < 400
+
+
+@pytest.mark.parametrize(
+    ("found", "named"),
+    [
+        ({"do_sample": True, "min_p": 0.1}, ["min_p=0.1"]),
+        (
+            {"do_sample": True, "typical_p": 0.9, "epsilon_cutoff": 0.1, "num_beams": 4},
+            ["typical_p=0.9", "epsilon_cutoff=0.1", "num_beams=4"],
+        ),
+        ({"do_sample": False, "min_p": 0.1, "no_repeat_ngram_size": 3}, ["no_repeat_ngram_size=3"]),
+        (
+            {"penalty_alpha": 0.6, "presence_penalty": 1.5, "suppress_tokens": [1, 2]},
+            ["penalty_alpha", "presence_penalty", "suppress_tokens"],
+        ),
+    ],
+)
+def test_published_settings_that_are_not_used_are_told_in_one_line(tiny_model, tmp_path, found, named):
+    said: list[str] = []
+    generate.published_settings(publish(tiny_model, tmp_path / "m", **found), said.append)
+    assert len(said) == 1 and said[0].count("=") == len(named) and all(name in said[0] for name in named)
+
+
+def test_neutral_published_settings_are_not_told(tiny_model, tmp_path):
+    from transformers import GenerationConfig
+
+    said: list[str] = []
+    neutral = {
+        **GenerationConfig().to_dict(),
+        "num_beams": 1,
+        "min_p": 0,
+        "typical_p": 1.0,
+        "penalty_alpha": 0.0,
+        "suppress_tokens": [],
+    }
+    generate.published_settings(publish(tiny_model, tmp_path / "m", **{**neutral, "do_sample": True}), said.append)
+    assert not said
+
+
+def test_families_settings_are_used_whole(tmp_path):
+    """Chinese-Alpaca and Baichuan publish theirs in code."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    folder = published.FAMILIES["baichuan2-7b-chat"](tmp_path / "m")
+    (folder / "generation_config.json").unlink()
+    found = generate.published_settings(folder)
+    assert found["top_k"] == 5 and found["repetition_penalty"] == 1.05 and Sampling(**found)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("top_k", -1), ("top_k", 1.5), ("repetition_penalty", 0.0), ("repetition_penalty", float("nan")), ("temperature", "1"),
+                        ("max_new_tokens", 2.0), ("top_p", None)]
+)  # fmt: skip
+def test_bad_options_of_sampling_are_told(loaded, name, value):
+    with pytest.raises(UserError, match=f"{name} is"):
+        loaded.chat("x", **{name: value})
+
+
+# --- numbers that are not finite ----------------------------------------------------------------------------------------------
+
+
+def broken(folder: Path, tiny_model: Path, value: float) -> Path:
+    shutil.copytree(tiny_model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", ["0", "0.7"])
+def test_numbers_that_are_not_finite_are_told(tiny_model, tmp_path, capsys, value, temperature):
+    folder = broken(tmp_path / "m", tiny_model, value)
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.rows(4))
+    for command in (
+        ["chat", str(folder), "--prompt", "hi"],
+        ["predict", str(folder), str(rows), "--out", str(tmp_path / "o.jsonl")],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main([*command, "--temperature", temperature, "--max-new-tokens", "4"])
+        told = capsys.readouterr().err
+        assert ended.value.code == 2 and "the model's numbers are not finite (fp16? damaged?)" in told and "Traceback" not in told
+    assert not (tmp_path / "o.jsonl").exists()
+
+
+def test_a_pipe_to_a_model_whose_numbers_are_not_finite_ends(tiny_model, tmp_path, capsys, monkeypatch):
+    folder = broken(tmp_path / "m", tiny_model, float("nan"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hi\nhello\n"), encoding="utf-8"))
+    with pytest.raises(SystemExit) as ended:
+        main(["chat", str(folder)])
+    assert ended.value.code == 2 and capsys.readouterr().err.count("not finite") == 1
+
+
+def test_samples_of_a_training_tell_numbers_that_are_not_finite(tiny_model, tmp_path, capsys):
+    folder = broken(tmp_path / "m", tiny_model, float("nan"))
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.rows(4))
+    with pytest.raises(SystemExit) as ended:
+        main(["train", f"model={folder}", f"data={rows}", f"out={tmp_path / 'run'}", "optim.steps=1", f"samples=[{rows}]"])
+    assert ended.value.code == 2 and "numbers are not finite" in capsys.readouterr().err
+
+
+# --- configs that make no sense -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"sliding_window": [1]},
+        {"sliding_window": "x"},
+        {"sliding_window": -3},
+        {"sliding_window": 1.5},
+        {"attention_chunk_size": []},
+        {"layer_types": 5},
+        {"max_position_embeddings": "512"},
+    ],
+)
+def test_a_config_that_makes_no_cache_is_told(changed):
+    model = Script([5], 0)
+    for name, value in changed.items():
+        object.__setattr__(model.config, name, value)
+    with pytest.raises(UserError, match=r"config\.json"):
+        list(generate._steps(model, [[1, 2]], [], 0, Sampling(max_new_tokens=2)))
 
 
 # --- streaming -----------------------------------------------------------------------------------------------------------

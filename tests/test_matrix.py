@@ -85,10 +85,10 @@ def learning(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The models that a stage from outside was called with."""
     seen: list[Any] = []
 
-    def loss(forward: Any, batch: Any) -> Tensor:
+    def loss(forward: Any, batch: Any) -> stages.Terms:
         if not seen or seen[-1] is not forward.model:
             seen.append(forward.model)
-        return forward.nll(batch)
+        return stages.next_token(forward, batch)
 
     monkeypatch.setitem(run.STAGES, "watched", Watched)
     monkeypatch.setitem(stages.STAGES, "watched", stages.Stage("answers", stages.encode_conversation, loss))

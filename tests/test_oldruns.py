@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from glmtune import oldruns, options, sources
 from glmtune.errors import UserError
-from glmtune.oldruns import DEFAULTS, EFFICIENT, LLAMA_FACTORY, NO_COUNTERPART, NOT_NEEDED
+from glmtune.oldfiles import ALIASES, DEFAULTS, EFFICIENT, LLAMA_FACTORY, MARKS, NO_COUNTERPART, NOT_NEEDED, TRAINING_ARGUMENTS
 from glmtune.run import Run
 
 LF: dict[str, Any] = {
@@ -484,7 +486,7 @@ def test_several_commands_in_one_file():
         (dict(LF, lora_rank=0), "method.rank"),
         ({"model": "m", "data": "d", "out": "o"}, "a run file of glmtune already"),
         ({"colour": "red"}, "not a run file of a tool that is known here"),
-        ("python src/cli_demo.py --model_name_or_path m", "no command that starts a training"),
+        ("python src/cli_demo.py --model_name_or_path m", "trains nothing (it runs cli_demo.py); here that is: glmtune chat"),
         (C + "--lora_rank $R", "lora_rank is $R, and $R is set nowhere"),
         (C + "--lora_rank '8", "cannot be read as a command line"),
         ("python train_lora.py --data_path x", "needs --train_args_file"),
@@ -567,4 +569,375 @@ def test_which_files_are_run_files():
 
 
 def test_defaults_are_known_for_every_tool():
-    assert set(DEFAULTS) == set(oldruns.ALIASES)
+    assert set(DEFAULTS) == set(ALIASES)
+
+
+# --- whose file it is -----------------------------------------------------------------------------------------------------
+
+V1: dict[str, Any] = {
+    "model": "Qwen/Qwen3-0.6B", "model_class": "llm", "train_dataset": "data/sets.yaml", "output_dir": "outputs/v1", "micro_batch_size": 2,
+    "cutoff_len": 512, "learning_rate": 1e-4, "max_steps": 10,
+}  # fmt: skip
+PEFT = {"name": "lora", "r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all"}
+
+
+def refused(old: dict[str, Any] | str, name: str = "old.yaml") -> str:
+    Path(name).write_text(old if isinstance(old, str) else json.dumps(old))  # JSON is YAML too
+    with pytest.raises(UserError) as error:
+        oldruns.convert(name, "refused.yaml")
+    assert not Path("refused.yaml").exists()
+    return str(error.value)
+
+
+def test_llama_factorys_v1_form():
+    Path("data/sets.yaml").write_text(
+        "one:\n  path: data/ours.json\n  source: local\n  converter: alpaca\n  size: 20\n  weight: 2\n"
+        "two:\n  path: owner/name\n  split: train_sft\n  converter: strange\n"
+    )
+    run, text = convert({**V1, "peft_config": PEFT, "quant_config": {"name": "bnb", "quantization_bit": 4}, "kernel_config": {"name": "auto"},
+                         "dist_config": {"name": "fsdp2", "dcp_path": None}, "sample_backend": "hf", "max_new_tokens": 128})  # fmt: skip
+    assert "a run of LLaMA-Factory v1" in text
+    assert (run.model, run.out, run.quant, run.precision, run.join) == ("Qwen/Qwen3-0.6B", "outputs/v1", "nf4", "bf16", "")
+    assert (run.method.rank, run.method.alpha, run.method.dropout, run.method.targets) == (16, 32, 0.05, None)
+    assert (run.optim.lr, run.optim.steps, run.optim.batch_size, run.optim.schedule) == (1e-4, 10, 2, "constant")
+    assert run.optim.weight_decay == 0.01  # torch's AdamW, which it makes without saying so
+    assert [(one.path, one.format, one.max_samples, one.weight) for one in run.data] == [
+        ("data/ours.json", "alpaca", 20, 2),
+        ("hf:owner/name:train_sft", None, None, 1),
+    ]
+    for said in (
+        "dist_config.name (fsdp2)",
+        "kernel_config.name",
+        "sample_backend (hf)",
+        "max_new_tokens (128)",
+        "converter strange",
+    ):
+        assert said in text
+
+
+@pytest.mark.parametrize(
+    "changes, check",
+    [
+        ({}, lambda run: run.method.kind == "full" and run.quant is None),
+        (
+            {"peft_config": {"name": "freeze", "freeze_trainable_layers": 3}},
+            lambda run: (run.method.kind, run.method.last) == ("freeze", 3),
+        ),
+        ({"peft_config": json.dumps(PEFT)}, lambda run: run.method.rank == 16),
+        ({"peft_config": {**PEFT, "adapter_name_or_path": "a"}}, lambda run: run.method.start == "a"),
+        ({"peft_config": {**PEFT, "modules_to_save": ["lm_head"]}}, lambda run: run.method.modules_to_save == ["lm_head"]),
+        ({"peft_config": {"name": "lora"}}, lambda run: (run.method.rank, run.method.alpha, run.method.dropout) == (8, 16, 0.05)),
+        ({"peft_config": PEFT, "quant_config": {"name": "bnb"}}, lambda run: run.quant == "nf4"),
+        ({"peft_config": PEFT, "quant_config": {"name": "auto"}}, lambda run: run.quant is None),
+        ({"peft_config": PEFT, "quant_config": {"name": "auto", "quantization_bit": 8}}, lambda run: run.quant == "int8"),
+        ({"global_batch_size": 64}, lambda run: run.optim.batch_size == 64),
+        (
+            {"bf16": False, "enable_activation_checkpointing": False},
+            lambda run: (run.precision, run.checkpointing) == ("fp32", False),
+        ),
+        ({"model_class": "cls"}, lambda run: run.stage.kind == "reward"),
+        ({"pref_loss": "sigmoid"}, lambda run: run.stage.kind == "dpo"),
+        ({"train_dataset": "data/v1_dpo_demo.yaml"}, lambda run: run.stage.kind == "dpo"),
+        ({"train_dataset": "owner/rows"}, lambda run: run.data[0].path == "hf:owner/rows"),
+    ],
+)
+def test_what_llama_factorys_v1_form_says(changes, check):
+    run, text = convert({**V1, **changes})
+    assert check(run)
+    assert run.model == V1["model"] and run.out == V1["output_dir"]
+    names = [*changes, *(f"{group}.{name}" for group, inner in changes.items() if isinstance(inner, dict) for name in inner)]
+    assert not [
+        name for name in names if not isinstance(changes.get(name), dict | str) and not re.search(rf"\b{re.escape(name)}\b", text)
+    ]
+
+
+@pytest.mark.parametrize("command, kind", [("sft", "sft"), ("train", "sft"), ("dpo", "dpo"), ("rm", "reward")])
+def test_llama_factorys_v1_command_is_the_stage(command, kind):
+    Path("v1.yaml").write_text(yaml.safe_dump(V1))
+    run, text = convert(f"USE_V1=1 llamafactory-cli {command} v1.yaml learning_rate=3e-5 --seed 7")
+    assert (run.stage.kind, run.optim.lr, run.seed) == (kind, 3e-5, 7) and "guessed" not in text
+
+
+def test_what_llama_factorys_v1_form_does_else():
+    said = refused({"model": "m", "peft_config": {"name": "lora", "adapter_name_or_path": "a", "export_dir": "x"}})
+    assert "glmtune export m --adapter a --to x" in said
+    assert "glmtune chat" in refused({"model": "m", "model_class": "llm", "sample_backend": "hf"})
+
+
+OTHERS = {tool: sorted(marks) for tool, marks in MARKS.items() if tool not in DEFAULTS}
+MODEL_KEYS = {"TRL": "model_name_or_path", "Axolotl": "base_model", "alpaca-lora": "base_model"}
+
+
+@st.composite
+def foreign_files(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
+    """A file of a tool that is not read: its model, some of its own names, some that everybody has."""
+    tool = draw(st.sampled_from(sorted(OTHERS)))
+    own = draw(st.lists(st.sampled_from(OTHERS[tool]), min_size=2, max_size=8, unique=True))
+    common = draw(st.lists(st.sampled_from(["output_dir", "learning_rate", "num_train_epochs", "seed", "per_device_train_batch_size", "bf16",
+                                            "gradient_accumulation_steps", "warmup_ratio", "lora_alpha", "weight_decay"]), unique=True))  # fmt: skip
+    values = st.sampled_from([True, 1, 2e-4, "x", ["a"], None])
+    tree = {name: {"_component_": "x"} if name == "_component_" else draw(values) for name in [*own, *common]}
+    if draw(st.booleans()):
+        tree[MODEL_KEYS.get(tool, "model")] = "org/model"
+    return tool, tree
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(foreign_files(), st.sampled_from(["old.yaml", "old.json"]))
+def test_a_file_of_another_tool_is_refused_as_what_it_looks_like(file, name):
+    tool, tree = file
+    said = refused(tree, name)
+    assert name in said
+    if "looks like" in said and len([one for one in OTHERS if set(tree) & set(OTHERS[one])]) == 1:
+        assert tool in said
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.sampled_from([*sorted(TRAINING_ARGUMENTS), "stage", "dataset", "template", "lora_rank", "data_path", "strange"]),
+                       st.sampled_from([1, "x", True]), max_size=6),
+       st.sampled_from(["model", "base_model", "model_id_or_path", "pretrain"]))  # fmt: skip
+def test_a_file_that_names_its_model_never_becomes_one_of_another_model(tree, key):
+    """Whatever else it holds: `model:` is no LLaMA-Factory, and no ChatGLM-6B that is guessed."""
+    said = refused({**tree, key: "org/model"})
+    assert "looks like" in said or "not a run file of a tool that is known here" in said
+
+
+@pytest.mark.parametrize("command, tool", [
+    ("swift sft --model Qwen/Qwen2.5-7B --dataset 'a#500' --response_prefix '' --tuner_type lora --output_dir o", "ms-swift"),
+    ("NPROC_PER_NODE=2 swift rlhf --rlhf_type dpo --model m --dataset d", "ms-swift"),
+    ("accelerate launch -m axolotl.cli.train config.yml", "Axolotl"),
+    ("trl sft --model_name_or_path m --dataset_name d --output_dir o", "TRL"),
+    ("tune run --nproc_per_node 2 lora_finetune_distributed --config llama3/8B_lora", "torchtune"),
+    ("python -m mlx_lm.lora --model m --train --data d --iters 600", "mlx-lm"),
+    ("mlx_lm.lora --config c.yaml", "mlx-lm"),
+    ("python3 main.py --do_train --train_file t.json --prompt_column content --response_column summary --model_name_or_path THUDM/chatglm-6b"
+     " --output_dir o --max_source_length 64 --pre_seq_len 128 --learning_rate 2e-2", "ptuning"),
+    ("python finetune.py --base_model m --data_path d --lora_r 8 --lora_target_modules q_proj --num_epochs 3 --val_set_size 9", "alpaca-lora"),
+    ("torchrun train.py --model_name_or_path m --data_path d --model_max_length 512 --lazy_preprocess True --output_dir o", "FastChat"),
+    ("python sft.py --model_name_or_path m --dataset_name d --use_peft --lora_r 8", "TRL"),
+])  # fmt: skip
+def test_a_command_of_another_tool_is_refused_as_what_it_is(command, tool):
+    said = refused(command, "old.sh")
+    assert said.startswith("old.sh") and tool in said
+
+
+def test_a_command_of_another_tool_beside_a_training_is_told():
+    run, text = convert(f"{C} --lora_rank 3\nswift sft --model m --dataset d\n")
+    assert run.method.rank == 3 and "not imported: swift: a command of ms-swift" in text
+
+
+@pytest.mark.parametrize("old", [
+    "python main.py --model m",
+    "python main.py",
+    "python finetune.py --dataset_dir d --model_path m --finetuning_type lora --output_dir o",
+    "python src/train_bash.py --do_train --stage sft --data_file d.json --output_dir o",
+    "python src/train_bash.py --do_train --stage sft --base m --dataset ours --output_dir o",
+    "python finetune.py --dataset_path data/a --chatglm_path '' --base_model x --output_dir o",
+])  # fmt: skip
+def test_no_default_stands_for_what_the_file_says_under_another_name(old):
+    said = refused(old, "old.sh")
+    assert "old.sh" in said
+
+
+def test_a_model_on_a_line_that_the_shell_drops_is_asked_for():
+    said = refused("python finetune.py --dataset_path data/a --output_dir o\n    --chatglm_path m\n", "old.sh")
+    assert "--chatglm_path stands on a line of its own" in said
+    _, text = convert(RUN + "\n --hf_hub_token s3cret\n")
+    assert "--hf_hub_token" in text and "s3cret" not in text
+
+
+def test_texts_of_several_lines_come_back():
+    system = "a\n\n b: {c}\n# d"
+    assert lf(default_system=system)[0].system == system
+    assert lf(default_system=system, template="fewshot")[0].system == system
+
+
+def test_keys_that_stand_twice_are_refused():
+    assert "'stage' stands twice" in refused('{"stage": "sft", "model_name_or_path": "m", "stage": "pt"}', "old.json")
+
+
+# --- scripts --------------------------------------------------------------------------------------------------------------
+
+RUN = "llamafactory-cli train --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --stage sft --do_train --dataset ours --template qwen --output_dir x "
+
+
+@pytest.mark.parametrize("name", ["cache_dir", "report_to", "default_system", "resume_from_checkpoint", "strange", "deepspeed"])
+@pytest.mark.parametrize("empty", ["''", '""'])
+def test_an_empty_argument_ends_nothing(name, empty):
+    run, text = convert(f"{RUN} --{name} {empty} --finetuning_type full --learning_rate 3e-6 --num_train_epochs 7")
+    assert (run.method.kind, run.optim.lr, run.optim.epochs) == ("full", 3e-6, 7)
+    assert re.search(rf"\b{name}\b", text) and "more trainings" not in text
+    assert name != "default_system" or run.system == ""
+
+
+def test_scripts_as_they_are_written():
+    run, _ = convert(RUN + "--learning_rate 1e-4 # was 1e-5\n")
+    assert run.optim.lr == 1e-4
+    run, _ = convert(RUN + "--learning_rate 1e-4 \\")
+    assert run.optim.lr == 1e-4
+    run, _ = convert(RUN + "--learning_rate 1e-4 \\\n")
+    assert run.optim.lr == 1e-4
+    run, text = convert(RUN + "\\\n --learning_rate 1e-4 \\\n # --num_train_epochs 9 \\\n --lora_rank 2\n")
+    assert (run.optim.lr, run.optim.epochs, run.method.rank) == (1e-4, 3, 8)
+    assert "not imported: line 4: --lora_rank (2): the line before does not go on" in text
+    run, text = convert(RUN + "\\   \n --learning_rate 1e-4")
+    assert run.optim.lr == 1e-4 and "blanks behind the backslash" in text
+    run, _ = convert(f"cd x && {RUN} --learning_rate 1e-4 > log.txt 2>&1 &")
+    assert run.optim.lr == 1e-4
+    run, _ = convert(f"ARGS=(--learning_rate 1e-4 --default_system 'Be brief.')\n{RUN} \"${{ARGS[@]}}\" 2>&1 | tee log")
+    assert (run.optim.lr, run.system) == (1e-4, "Be brief.")
+    run, text = convert(f"for r in 2 4; do {RUN} --lora_rank $r; done")
+    assert run.method.rank == 2 and "1 more trainings" in text
+    run, _ = convert(f"cat > made.yaml <<EOF\n{yaml.safe_dump(LF)}EOF\nllamafactory-cli train made.yaml lora_rank=4")
+    assert run.method.rank == 4
+    run, text = convert(RUN + '--lora_rank 4 --lora_rank 6 "$@"')
+    assert run.method.rank == 6 and "lora_rank (4): given again further on" in text
+
+
+def test_what_only_a_running_shell_knows_is_asked_for_where_it_matters():
+    assert "output_dir is out-$(date), and $(date) is set nowhere in this file" in refused(
+        RUN + '--output_dir "out-$(date)"', "old.sh"
+    )
+    _, text = convert(RUN + '--run_name "r-$(date)" --hub_model_id $USER/x')
+    assert "not needed: run_name" in text and "hub_model_id ($USER/x)" in text
+
+
+VALUES = {
+    "lora_rank": st.integers(1, 64), "learning_rate": st.sampled_from(["1e-4", "3e-05", "0.001"]), "num_train_epochs": st.integers(1, 9),
+    "cutoff_len": st.integers(16, 4096), "warmup_ratio": st.sampled_from(["0.1", "0"]), "seed": st.integers(0, 99),
+    "default_system": st.text(st.sampled_from("ab '\"$`\\#;&|<>(){}*=\n中-"), max_size=8).filter(lambda text: text.strip().lower() not in ("", "none", "null")
+                                                                                            and "\\n" not in text),
+    "cache_dir": st.just(""), "report_to": st.just("none"), "use_galore": st.just(None), "plot_loss": st.just(None),
+    "brand_new": st.sampled_from(["", "x y", "#1", "-1"]), "other_new": st.just(None),
+}  # fmt: skip
+
+
+@st.composite
+def trainings(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
+    """A script with one training of LLaMA-Factory, and what it says."""
+    import shlex
+
+    names = draw(st.lists(st.sampled_from(sorted(VALUES)), unique=True, max_size=9))
+    said = {name: draw(VALUES[name]) for name in names}
+    lines = ["#!/bin/bash", "set -x"]
+    text = RUN.strip()
+    for index, (name, value) in enumerate(said.items()):
+        text += draw(st.sampled_from([" ", " \\\n    ", "  "])) + f"--{name}"
+        if value is None:
+            continue
+        quoted = draw(st.sampled_from([shlex.quote(str(value)), '"' + re.sub(r'(["\\$`])', r"\\\1", str(value)) + '"']))
+        if draw(st.booleans()) and value != "":
+            lines.append(f"V{index}={quoted}")
+            quoted = f'"${{V{index}}}"'
+        text += draw(st.sampled_from([" ", "=", " \\\n "])) + quoted
+    end = draw(
+        st.sampled_from(
+            ["", " # don't", " \\\n", " 2>&1 | tee log.txt", " && echo done", " &", "\n# --lora_rank 999\n", " > log 2> err"]
+        )
+    )
+    return "\n".join([*lines, text + end]), said
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(trainings())
+def test_nothing_that_a_script_says_is_lost(training):
+    script, said = training
+    run, text = convert(script)
+    now = {"lora_rank": run.method.rank, "learning_rate": run.optim.lr, "num_train_epochs": run.optim.epochs, "cutoff_len": run.max_length,
+           "warmup_ratio": run.optim.warmup, "seed": run.seed, "default_system": run.system}  # fmt: skip
+    for name, value in said.items():
+        assert re.search(rf"\b{name}\b", text), name
+        if name in now:
+            assert now[name] == (value if name == "default_system" else float(value))
+    absent = {"lora_rank": 8, "learning_rate": 5e-5, "num_train_epochs": 3, "cutoff_len": 2048, "default_system": None}
+    assert all(now[name] == value for name, value in absent.items() if name not in said)
+
+
+# --- each tool's own ------------------------------------------------------------------------------------------------------
+
+
+def test_lora_trainers_version_with_one_limit():
+    run, text = convert(A + "--CUTOFF_LEN 256 --EPOCHS 50 --OUTPUT_DIR o")
+    assert (run.quant, run.max_length, run.method.targets, run.method.share_a, run.stage.learn) == (
+        "int8",
+        256,
+        ["query_key_value"],
+        True,
+        "everything",
+    )
+    template: Any = run.template
+    assert "### Instruction: \n{content}" in template.user and template.assistant == "### Answer: \n{content}{stop}"
+    assert "written into its version with CUTOFF_LEN" in text and "written into that program" not in text
+    assert convert(A + "--CUTOFF_LEN 256 --BIT_4")[0].quant == "nf4"
+    run, text = convert(A + "--CUTOFF_LEN 512 --DATA_TYPE txt")
+    assert (run.max_length, run.stage.kind) == (512, "pretrain") and "CUTOFF_LEN (512)" not in text
+
+
+def test_prefixes_start_at_random_as_published():
+    for command in (
+        C + "--finetuning_type p_tuning",
+        C + "--finetuning_type ptuning",
+        E.replace("train_lora", "train_ptuning") + "--pre_seq_len 8",
+    ):
+        run, text = convert(command)
+        assert run.method.init == "random" and "init: random  # as published" in text
+
+
+def test_llm_tunings_parent():
+    text = ("python tokenize_dataset_rows.py --jsonl_path data/a.jsonl --save_path data/a --max_seq_length 200\n"
+            "python finetune.py --dataset_path data/a --lora_rank 4 --per_device_train_batch_size 6 --max_steps 50 --fp16 --output_dir o\n")  # fmt: skip
+    run, said = convert(text)
+    assert (run.model, run.method.rank, run.method.alpha, run.method.dropout, run.quant) == ("THUDM/chatglm-6b", 4, 32, 0.1, "int8")
+    assert (run.data[0].path, run.data[0].columns, run.max_length) == (
+        "data/a.jsonl",
+        {"prompt": "context", "response": "target"},
+        200,
+    )
+    assert "a run of ChatGLM-Tuning" in said
+    run, said = convert(text.splitlines()[1] + " --chatglm_path m/chatglm2")
+    assert (run.model, run.data[0].path) == ("m/chatglm2", "data/a.jsonl") and "is a folder of tokens" in said
+
+
+@pytest.mark.parametrize("old, ours", [
+    ("python cli_demo.py --model_name_or_path m", "glmtune chat"),
+    ("sh x.sh; python inference.py --PROMPT hi", "glmtune chat"),
+    ("python tokenize_dataset_rows.py --input_file a.json --save_name a", "glmtune data tokenize"),
+    ("CUDA_VISIBLE_DEVICES=0 python predict.py --llm_ckp m", "glmtune predict"),
+    ("llamafactory-cli chat examples/x.yaml", "glmtune chat"),
+])  # fmt: skip
+def test_what_trains_nothing_is_told_what_does_it_here(old, ours):
+    said = refused(old, "old.sh")
+    assert "trains nothing" in said and f"here that is: {ours}" in said
+
+
+def test_programs_are_not_read():
+    for name, said in (
+        ("06-lora.py", "programs are not run or read"),
+        ("lora.ipynb", "migrating.md"),
+        ("cli_demo.py", "glmtune chat"),
+    ):
+        assert oldruns.is_run_file(name) is False
+        assert said in refused("{}", name)
+        assert oldruns.is_run_file(name)
+
+
+@pytest.mark.parametrize(
+    "model, said",
+    [("THUDM/chatglm-6b", True), ("path_to_chatglm6b_model", True), ("path_to_chatglm2_6b", False), ("THUDM/chatglm2-6b", False)],
+)
+def test_chatglm_6b_alone_was_trained_in_other_rounds(model, said):
+    assert ("there ChatGLM-6B was trained" in convert(C + f"--model_name_or_path {model}")[1]) == said
+
+
+def test_what_is_said_of_decoding_is_true():
+    _, text = convert(RUN + "--num_beams 2 --top_k 50 --repetition_penalty 1.1")
+    beams, options_ = (next(line for line in text.splitlines() if name in line) for name in ("num_beams", "top_k"))
+    assert "no beams" in beams and "take these as options" in options_ and "repetition_penalty" in options_
+
+
+@pytest.mark.parametrize("model, warned", [
+    ("THUDM/chatglm3-6b", True), ("THUDM/glm-4-9b-chat-hf", True), ("THUDM/chatglm2-6b", False), ("Qwen/Qwen3-4B", False), ("zai-org/GLM-4.5-Air", False),
+])  # fmt: skip
+def test_fp16_is_warned_of_where_numbers_pass_it(model, warned):
+    run, text = convert({**LF, "model_name_or_path": model, "fp16": True})
+    assert run.precision == "fp16" and ("pass its largest number" in text) == warned

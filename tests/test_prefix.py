@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from glmtune import families, generate, prefix
+from glmtune import families, generate, plan, prefix, training
 from glmtune.errors import UserError
 from glmtune.layers import RowNoise
+from glmtune.run import default_lr, load_run
 
-from . import published
+from . import published, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")  # PEFT's, about our own note in its config
 GOLDENS = ["chatglm1", "chatglm1_3layer", "chatglm2", "chatglm3", "glm4"]
@@ -647,3 +648,20 @@ def test_a_start_from_words_is_what_the_model_itself_would_keep(family: Any):
     projected = prefix.attach(family, 3, projection=True)
     before = projected().detach().clone()
     assert not prefix.start_from_words(family, [5, 9]) and torch.equal(projected(), before)
+
+
+def test_projection_has_a_learning_rate_of_its_own(tiny_model: Path, tmp_path: Path) -> None:
+    """At the rate of a plain prefix its loss rises; what was taken is printed, written down, and far from it is warned of."""
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", [{"instruction": "the cat?", "output": "a mat"}] * 4)
+    common = [f"model={tiny_model}", f"data={rows}", f"out={tmp_path / 'run'}", "method=prefix", "method.num_virtual_tokens=2"]
+    usual = {}
+    for projection in ("true", "false"):
+        run = load_run(None, [*common, f"method.projection={projection}"])
+        usual[projection], name = default_lr(run.method)
+        assert f"learning rate {usual[projection]:g}, the default of method {name}" in plan.make(run).notes
+    assert usual["true"] <= 3e-4 < usual["false"]
+    loud = plan.make(load_run(None, [*common, "method.projection=true", "optim.lr=1e-2"])).notes
+    assert any("warning: optim.lr=0.01 is above the usual 0.0001 of method prefix with projection" in note for note in loud)
+    run = load_run(None, [*common, "method.projection=true", "optim.steps=1", "samples=[]", "report_to=[]"])
+    training.train(run)
+    assert load_run(tmp_path / "run" / "run.yaml").resolved["lr"] == usual["true"]

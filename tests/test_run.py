@@ -2,10 +2,12 @@
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from glmtune import options
 from glmtune.errors import UserError
-from glmtune.run import Run, load_run
+from glmtune.run import Run, load_run, moment
 
 GIVEN = ("model=m", "data=a.json", "out=o")
 
@@ -153,3 +155,112 @@ def test_another_kind_on_the_command_line_takes_over_the_options_both_have(tmp_p
     (tmp_path / "run.yaml").write_text("model: m\ndata: d\nout: o\nmethod: {rank: 3, dropout: 0.1}\n")
     run = load_run(tmp_path / "run.yaml", ["optim.steps=4", "optim=adafactor", "method=prefix"])
     assert run.optim.kind == "adafactor" and run.optim.steps == 4 and run.method.kind == "prefix" and run.method.dropout == 0.1
+
+
+HEAD = "model: m\ndata: a.json\nout: o\n"
+LINES = {
+    # (the run file after its first three lines, what is said)
+    "twice": ("optim: {lr: 1.0}\noptim: {epochs: 2}\n", "'optim' is given twice, in line 4 and in line 5"),
+    "twice inside": ("optim:\n  lr: 1.0\n  lr: 2.0\n", "'lr' is given twice, in line 5 and in line 6"),
+    "twice in a list": ("samples:\n- {path: a, path: b}\n", "'path' is given twice"),
+    "twice in other words": ("variables:\n  a: x\n  'a': y\n", "'a' is given twice"),
+    "twice merged": ("optim:\n  <<: {lr: 1.0}\n  <<: {lr: 2.0}\n", "'<<' is given twice"),
+    "merged": ("optim: {<<: 5}\n", "expected a mapping or list of mappings for merging"),
+    "int": ("seed: !!int x\n", "'x' is no int, in line 4"),
+    "empty int": ("seed: !!int ''\n", "'' is no int"),
+    "timestamp": ("seed: !!timestamp x\n", "'x' is no timestamp"),
+    "bool": ("seed: !!bool x\n", "'x' is no bool"),
+    "float": ("seed: !!float x\n", "'x' is no float"),
+    "binary": ("seed: !!binary x\n", "failed to decode base64 data"),
+    "no date": ("seed: 2026-99-99\n", "'2026-99-99' is no timestamp"),
+    "python": ("seed: !!python/object/apply:os.system [ls]\n", "could not determine a constructor for the tag"),
+    "tag": ("seed: !" + "x" * 9000 + " 1\n", "could not determine a constructor"),
+    "a list as a key": ("? [a, b]\n: 1\n", "found unhashable key"),
+    "digits": ("seed: " + "9" * 9000 + "\n", "is no int"),
+    "deep": ("samples: " + "[" * 3000, "nested too deeply, in line 4"),
+    "deep groups": ("optim: " + "{a: " * 500, "nested too deeply"),
+    "deep blocks": ("optim:\n" + "".join(" " * (i + 1) + "a:\n" for i in range(600)), "nested too deeply"),
+    "deep by aliases": ("a0: &a0 [x]\n" + "".join(f"a{i + 1}: &a{i + 1} [*a{i}]\n" for i in range(500)), "what aliases repeat"),
+    "laughs": ("a0: &a0 [x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(9)), "what aliases repeat"),
+    "keys that laugh": ("a0: &a0 {x: y}\n" + "".join(f"a{i + 1}: &a{i + 1} {{b: *a{i}, c: *a{i}}}\n" for i in range(40)), "what aliases repeat"),
+    "within itself": ("samples: &a [*a]\n", "samples.0: wanted a group of options"),
+    "long list": ("system: [" + "x" * 100_000 + "]\n", "system: wanted a valid string, got"),
+    "long text": ("template: " + "x" * 100_000 + "\n", "is not one of auto, plain"),
+    "long kind": ("method: " + "x" * 100_000 + "\n", "method.kind: "),
+    "long name": ("x" * 1000 + ": 1\n", "unknown option 'xxx"),
+    "long form": ("template: {user: " + "x" * 100_000 + "}\n", "template.user: must hold {content} exactly once"),
+    "half a character": ('system: "\\udcff"\n', "system: holds a byte or a half of a character"),
+    "no date of ours": ("date: yesterday\n", "date: wanted a date like 2026-07-31"),
+    "too much": ("system: " + "x" * 1_100_000 + "\n", "has more than 1,000,000 bytes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_run_file_that_cannot_be_meant_is_told_in_short_lines(name, tmp_path):
+    (tmp_path / "run.yaml").write_text(HEAD + LINES[name][0])
+    with pytest.raises(UserError) as error:
+        load_run(tmp_path / "run.yaml")
+    said = str(error.value)
+    assert LINES[name][1] in said and "run.yaml" in said
+    assert len(said.splitlines()) <= 3 and len(said) < 1000 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["a: 1\na: 2\n", "a: {b: 1, b: 2}\n", "- a: 1\n  a: 2\n", "[" * 200, "a: !!int x\n"])
+def test_all_yaml_is_read_by_one_loader(text, tmp_path):
+    from glmtune import design, oldruns, sources
+
+    path = tmp_path / "file.yaml"
+    path.write_text(text)
+    for read in (
+        options.read_yaml,
+        options.read,
+        sources.read_registry,
+        design.load_schema,
+        lambda path: oldruns.convert(path, tmp_path / "new.yaml"),
+    ):
+        with pytest.raises(UserError, match=r"file\.yaml"):
+            read(path)
+
+
+@given(st.recursive(st.one_of(st.booleans(), st.integers(), st.text("abc你 :'-", max_size=6), st.floats(allow_nan=False, allow_infinity=False)),
+                    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text("abc", max_size=3), inner, max_size=3))))  # fmt: skip
+def test_yaml_that_is_written_reads_back(value):
+    assert options.plain_value(yaml.safe_dump(value)) == value
+
+
+def test_merge_keys_and_aliases_work(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        HEAD + "eval: {data: &d [{path: b.json, weight: 2.0}]}\nsamples: [&p {path: c}, {<<: *p, name: n}]\n"
+    )
+    run = load_run(tmp_path / "run.yaml")
+    assert [(probe.path, probe.name) for probe in run.samples] == [("c", None), ("c", "n")] and run.eval.data[0].weight == 2
+
+
+@pytest.mark.parametrize("setting", ["data", "model", "out", "samples", "eval.data", "registry", "method.start"])
+def test_a_path_that_can_be_none_names_its_option(setting):
+    for path in ("a" * 5000, "b/" * 3000, "~no-such-user/x"):
+        with pytest.raises(UserError, match=setting.split(".")[0]) as error:
+            load_run(None, [*GIVEN, f"{setting}={path}"])
+        assert len(str(error.value)) < 400
+
+
+leaves = st.sampled_from(["a", "a" * 9000, 7, 10**4000, b"x" * 9000, None, 1.5])
+
+
+@given(
+    st.recursive(
+        leaves, lambda one: st.lists(one, max_size=9) | st.dictionaries(st.text("ab", max_size=3), one, max_size=9), max_leaves=30
+    )
+)
+def test_a_value_in_a_message_is_short(value):
+    from glmtune.errors import shown
+
+    assert len(shown(value)) < 3000
+    assert shown(value) == repr(value) or len(repr(value)) > 60 or isinstance(value, list | dict)
+
+
+def test_a_date_is_a_date_however_it_is_written(tmp_path):
+    for text in ("2026-03-01", "'2026-03-01'", "2026-03-01T00:00:00"):
+        (tmp_path / "run.yaml").write_text(HEAD + f"date: {text}\n")
+        assert str(moment(load_run(tmp_path / "run.yaml").date)) == "2026-03-01 00:00:00"
+    assert load_run(None, [*GIVEN, "date=2026-03-01"]).date == "2026-03-01"

@@ -251,10 +251,10 @@ def test_a_row_beyond_the_limit_is_refused_with_its_line_and_not_held() -> None:
             items(name, content, limit=2_000_000)
         assert caught.value.line == 3 and caught.value.kind == "row-too-long"
     assert len(items("a.jsonl", lines(rows(2)) + long)) == 3
-    broken = b'{"data": [\n' + b",\n".join([*lines(rows(9)).splitlines(), b'{"a" 1}', *lines(rows(90_000)).splitlines()]) + b"]}"
-    with pytest.raises(reading.DataError, match="expected ':', got '1},'.*no row ends within") as caught:
+    broken = b'{"a": {"b": 1} ' + b", ".join([*lines(rows(9)).splitlines(), b'{"a" 1}', *lines(rows(90_000)).splitlines()]) + b"]}"
+    with pytest.raises(reading.DataError, match="expected ',', got '{.*no row ends within") as caught:
         items("a.json", broken, limit=2_000_000)
-    assert (caught.value.line, caught.value.column) == (11, 6)
+    assert (caught.value.line, caught.value.column) == (1, 16)
 
 
 MEASURE = """
@@ -771,3 +771,20 @@ def test_subfolders_that_are_left_out_are_told_before_training(tmp_path):
         (tmp_path / name).write_text('{"instruction": "q", "output": "a"}\n')
     notes = data.load([Source(path=str(tmp_path / "rows"))]).notes
     assert [note for note in notes if "subfolders are left out (more/b.jsonl" in note]
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [("loop.jsonl", "leads in a circle"), ("other.jsonl", "leads in a circle"), ("gone/a.jsonl", "leads to 'gone/a.jsonl'")],
+)
+@pytest.mark.parametrize("given", ["loop.jsonl", ".", "l*.jsonl"])
+def test_a_link_that_leads_nowhere_is_told(tmp_path, monkeypatch, target, said, given):
+    from glmtune.reading import DataError, find_files
+
+    monkeypatch.chdir(tmp_path)
+    Path("loop.jsonl").symlink_to(target)
+    if target == "other.jsonl":
+        Path("other.jsonl").symlink_to("loop.jsonl")
+    Path("a.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match=f"is a link that {said}"):
+        find_files(given)

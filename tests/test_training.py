@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from glmtune import batch, training
+from glmtune import batch, progress, runfolder
 from glmtune.errors import Interrupted, UserError
 from glmtune.run import load_run
-from glmtune.training import learning_rate, train
+from glmtune.settings import learning_rate
+from glmtune.training import train
 
 from . import tiny
 
@@ -39,7 +40,7 @@ def settings(model: Path, data: Path, out: Path, *more: str) -> list[str]:
     ]
 
 
-def go(model: Path, data: Path, out: Path, *more: str, resume: bool = False) -> training.Report:
+def go(model: Path, data: Path, out: Path, *more: str, resume: bool = False) -> progress.Report:
     return train(load_run(None, settings(model, data, out, *more)), resume=resume)
 
 
@@ -48,7 +49,7 @@ def adapter(out: Path) -> bytes:
 
 
 def log(out: Path) -> list[dict]:
-    return training.read_jsonl(out / "log.jsonl")
+    return runfolder.read_jsonl(out / "log.jsonl")
 
 
 def test_a_run_leaves_its_folder_and_learns(tiny_model, rows_file, tmp_path):
@@ -111,7 +112,7 @@ def test_interrupted_and_resumed_is_bit_identical(tiny_model, rows_file, tmp_pat
     more = ["eval.share=0.2", "optim.epochs=3", *more]
     go(tiny_model, rows_file, tmp_path / "straight", *more)
 
-    class Stop(training.Screen):
+    class Stop(progress.Screen):
         def step(self, row, total):
             if row["step"] in (2, 5):
                 os.kill(os.getpid(), signal.SIGINT)
@@ -165,7 +166,7 @@ def test_a_damaged_checkpoint_is_passed_over(tiny_model, rows_file, tmp_path):
     (tmp_path / "a" / "checkpoints" / ".part-5").mkdir()
     said = []
 
-    class Listen(training.Screen):
+    class Listen(progress.Screen):
         def say(self, text):
             said.append(text)
 
@@ -192,11 +193,11 @@ def test_a_checkpoint_that_makes_no_sense_is_passed_over(tiny_model, rows_file, 
         path = tmp_path / "a" / "checkpoints" / f"step-{step}" / "state.json"
         state = json.loads(path.read_text())
         path.write_text(json.dumps(change and state | change))
-        assert path.parent not in [found for found, _ in training._checkpoints(tmp_path / "a")]
+        assert path.parent not in [found for found, _ in runfolder.checkpoints(tmp_path / "a")]
     (tmp_path / "a" / "checkpoints" / "step-2.old").mkdir()  # a user's own
     go(tiny_model, rows_file, tmp_path / "a", *more, resume=True)
     assert adapter(tmp_path / "a") == straight
-    assert next(path.name for path, _ in training._checkpoints(tmp_path / "a")) == "step-4"
+    assert next(path.name for path, _ in runfolder.checkpoints(tmp_path / "a")) == "step-4"
 
 
 @pytest.mark.parametrize(
@@ -242,8 +243,8 @@ def test_questions_that_were_cut_off_are_told_on_resume(tiny_model, rows_file, t
 
 def test_an_answer_with_a_line_separator_is_one_line(tmp_path):
     rows = [{"after": "a\u2028b\x85c"}, {}]
-    training.write_jsonl(tmp_path / "a.jsonl", rows)
-    assert training.read_jsonl(tmp_path / "a.jsonl") == rows
+    runfolder.write_jsonl(tmp_path / "a.jsonl", rows)
+    assert runfolder.read_jsonl(tmp_path / "a.jsonl") == rows
 
 
 def test_a_run_of_a_version_that_chose_otherwise_is_continued(tiny_model, rows_file, tmp_path):
@@ -306,10 +307,10 @@ def test_no_room_while_saving_keeps_the_last_good_checkpoint(tiny_model, rows_fi
 
     written = methods.write_tensors
 
-    def full(tensors, path):
+    def full(tensors, path, base=None):
         if "step-" not in str(path) and ".part-4" in str(path):
             raise OSError(28, "No space left on device")
-        written(tensors, path)
+        written(tensors, path, base)
 
     monkeypatch.setattr(methods, "write_tensors", full)
     with pytest.raises(UserError, match="no room left.*step-2") as error:
@@ -424,3 +425,43 @@ def test_the_adapter_holds_every_trainable_tensor(tiny_model, rows_file, tmp_pat
     tensors = load_file(tmp_path / "a" / "adapter" / "adapter_model.safetensors")
     assert len(tensors) == 2 * 2 * 2 and all(t.dtype == torch.float32 and 3 in t.shape for t in tensors.values())
     assert any(t.abs().max() > 0 for n, t in tensors.items() if "lora_B" in n)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\xff",
+        b"null",
+        b"5",
+        b"[]",
+        b"{}",
+        b'{"step": null}',
+        b'{"step": "2"}',
+        b'{"step": true}',
+        b"\x00\x00",
+        b'{"step": 1',
+        b"[" * 5000,
+        b'"\xe4\xbd',
+    ],
+)
+@pytest.mark.parametrize("where", ["first", "last", "no newline"])
+def test_a_damaged_line_of_the_log_goes(tmp_path, line, where):
+    """On resume and in the report, as half a line does: it is only a log."""
+    from glmtune import report
+
+    good = [{"step": number, "loss": 1.0} for number in (1, 2, 3)]
+    lines = [json.dumps(row).encode() for row in good]
+    lines = [line, *lines] if where == "first" else [*lines, line]
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join(lines) + (b"" if where == "no newline" else b"\n"))
+    report.write(tmp_path)
+    runfolder.cut_log(tmp_path, 2)
+    assert log(tmp_path) == good[:2]
+
+
+@pytest.mark.parametrize("name", ["step-²", "step-", "step--1", "step-٣", "step-1.5", "step-9" * 20, "step-x"])
+def test_other_folders_among_the_checkpoints_are_passed_over(tiny_model, rows_file, tmp_path, name):
+    go(tiny_model, rows_file, tmp_path / "a", "optim.steps=2", "save.every_steps=1")
+    (tmp_path / "a" / "finished.json").unlink()
+    (tmp_path / "a" / "checkpoints" / name[:200]).mkdir()
+    go(tiny_model, rows_file, tmp_path / "a", "optim.steps=2", "save.every_steps=1", resume=True)
+    assert (tmp_path / "a" / "checkpoints" / name[:200]).is_dir()

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import glmtune
-from glmtune import batch, families, methods, optimizer, plan, stages, training
+from glmtune import batch, families, methods, optimizer, plan, progress, runfolder, stages
 from glmtune import run as runs
 from glmtune.errors import UserError
 from glmtune.options import Options
@@ -256,7 +256,7 @@ def tensors_of(out: Path) -> dict[str, torch.Tensor]:
 def log_of(out: Path) -> list[dict[str, Any]]:
     """Its lines without what a clock tells."""
     timed = ("tokens_per_second", "seconds", "peak_memory_gb")
-    return [{k: v for k, v in row.items() if k not in timed} for row in training.read_jsonl(out / "log.jsonl")]
+    return [{k: v for k, v in row.items() if k not in timed} for row in runfolder.read_jsonl(out / "log.jsonl")]
 
 
 def resumed(run: Any, out: Path, step: int) -> Path:
@@ -335,10 +335,10 @@ class Tight(Options):
 def tight(monkeypatch: pytest.MonkeyPatch, full: Any) -> None:
     """A stage from outside that has no memory for a micro-batch where `full(its tokens)` says so."""
 
-    def loss(forward: Any, micro: batch.Batch) -> torch.Tensor:
+    def loss(forward: Any, micro: batch.Batch) -> stages.Terms:
         if full(micro.num_tokens):
             raise torch.OutOfMemoryError("out of memory")
-        return forward.nll(micro)
+        return stages.next_token(forward, micro)
 
     monkeypatch.setitem(runs.STAGES, "tight", Tight)
     monkeypatch.setitem(stages.STAGES, "tight", stages.Stage("answers", stages.encode_conversation, loss))
@@ -352,7 +352,7 @@ def test_a_step_without_room_is_done_again_in_smaller_parts(
     sizes: list[int] = []
     said: list[str] = []
 
-    class Listen(training.Screen):
+    class Listen(progress.Screen):
         def say(self, text: Any) -> None:
             said.append(str(text))
 
@@ -414,11 +414,11 @@ def test_no_room_while_saving_keeps_the_last_good_checkpoint(
 ) -> None:
     written = methods.write_tensors
 
-    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    def full(tensors: dict[str, torch.Tensor], path: Path, *base: str) -> None:
         if ".part-4" in str(path):
             path.write_bytes(b"half of it")
             raise OSError(28, "No space left on device")
-        written(tensors, path)
+        written(tensors, path, *base)
 
     run = started(tiny_model, rows_file, tmp_path / "out", SAVED[kind])
     with monkeypatch.context() as patch:
@@ -641,12 +641,12 @@ def test_one_a_for_layers_of_several_ranks_is_refused(
 
 def test_fp16_leaves_out_a_step_that_overflows_and_goes_on(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
     run = started(tiny_model, rows_file, tmp_path / "out", ["precision=fp16", "method.targets=[q_proj]"])
-    state = training.State(scale=2.0**60)
-    usual, training.State = training.State, lambda: state
+    state = runfolder.State(scale=2.0**60)
+    usual, runfolder.State = runfolder.State, lambda: state
     try:
         train(run)
     finally:
-        training.State = usual
+        runfolder.State = usual
     log = log_of(tmp_path / "out")
     assert log[0]["skipped"] and log[1]["scale"] == log[0]["scale"] / 2
     assert optimizer.LEAST < state.scale < 2.0**60

@@ -13,15 +13,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .. import run
 from ..autoload import OURS, register
-from ..chat import Form, Template, Tokens, choose
+from ..chat import Form, Template, Tokens, choose, published_vocabulary, read_object, readable
 from ..errors import UserError, did_you_mean
-from ..options import write_whole
+from ..files import whole
 from . import baichuan, chatglm, internlm, llama, smollm2, weights
-from .family import Family, Take, Vocabulary, about_generation
-from .place import Place, adapter_config, locate, resolve
+from .family import Family, Vocabulary, about_generation, computed, same_names
+from .fingerprint import fingerprint, trained_on
+from .place import Place, adapter_config, base_of, checkpoints, locate, resolve
 
-__all__ = ["OURS", "Place", "adapter_config", "locate", "register", "resolve"]  # with everything defined here
+__all__ = [
+    "OURS",
+    "Place",
+    "adapter_config",
+    "base_of",
+    "checkpoints",
+    "fingerprint",
+    "locate",
+    "register",
+    "resolve",
+    "trained_on",
+]  # with everything defined here
 
 # model_type of a published config.json -> who reads it. None: the folder is what transformers knows itself.
 READERS: dict[str, Callable[[Path, dict[str, Any]], Family | None]] = {
@@ -61,6 +74,7 @@ MARKS = {  # the special tokens without which a format cannot be written
     "baichuan2": baichuan.MARKS["Baichuan2"],
 }
 QUANTS = ("nf4", "int8", "chatglm-int4", "chatglm-int8")  # quant.KINDS, known before torch is loaded
+ROUNDED = ("chatglm1", "glm")  # models that ChatGLM's own int4 and int8 were published of
 FILLED = ("llama", "mistral", "qwen2", "qwen3", "glm", "glm4", "chatglm1", "llama_alibi")  # named in files as in the class
 NAMES = {"chatglm1": "ChatGLM-6B", "llama_alibi": "Llama with ALiBi (Baichuan-13B)"}  # of what export writes
 
@@ -79,35 +93,80 @@ def family_of(folder: Path) -> Family:
         made = READERS.get(config.get("model_type", ""), lambda folder, config: None)(folder, given)
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{folder / 'config.json'} cannot be understood ({error!r}); copy the file again") from None
-    return made or Family(
-        NAMES.get(config.get("model_type", "")) or str((config.get("architectures") or [config.get("model_type")])[0]),
-        config,
-        lambda name: [Take(name)],
-        native=True,
-    )
+    made = made or Family(NAMES.get(config.get("model_type", "")) or _class_name(folder, config), config, same_names, native=True)
+    _check_sizes(folder, made.config, made.config.get("model_type") in FILLED)
+    return made
+
+
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "max_position_embeddings", "sliding_window", "n_embd", "n_layer", "n_head", "n_inner",
+)  # fmt: skip
+
+
+def _check_sizes(folder: Path, config: dict[str, Any], known: bool) -> None:
+    """Sizes that are computed with before any class has seen them. known: of a class that takes no lists (one number for each layer)."""
+    text = config.get("text_config", {})
+    if not isinstance(text, dict):
+        raise UserError(f"{folder / 'config.json'}: text_config is {str(text)[:80]}; wanted an object")
+    for name, value in ((name, part[name]) for part in (config, text) for name in SIZES if part.get(name) is not None):
+        numbers = value if isinstance(value, list) and value and not known else [value]
+        if not all(type(number) is int and number >= (1 if known else 0) for number in numbers):
+            raise UserError(f"{folder / 'config.json'}: {name} is {str(value)[:80]}; wanted a whole number above 0")
+
+
+def opened(folder: Path) -> tuple[Family, dict[str, weights.Stored]]:
+    """What a folder is by its config.json and by the tensors that its files hold (`weights.settled`), and these. Reads headers; of a head
+    beside embeddings that config calls one tensor, also the numbers. Raises UserError as `family_of` and `weights.open_folder`."""
+    family, stored = family_of(folder), weights.open_folder(folder, _bits(folder))
+    return weights.settled(family, stored), stored
+
+
+def source_of(folder: Path, name: str) -> weights.Stored | None:
+    """The stored tensor that a native one is made of; None where only transformers knows."""
+    family, stored = opened(folder)
+    return next((item for native, _, item, _ in weights.native(family, stored) if native == name), None)
+
+
+def _class_name(folder: Path, config: dict[str, Any]) -> str:
+    named = config.get("architectures") or [config.get("model_type")]
+    if not isinstance(named, list) or not isinstance(named[0], str | None):
+        raise UserError(f"{folder / 'config.json'}: architectures is {str(named)[:80]}; wanted a list with the model class's name")
+    return str(named[0])
 
 
 def published_config(folder: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'}: {error}; copy the model folder again") from None
-    if not isinstance(found, dict) or not isinstance(found.get("model_type", ""), str):
-        raise UserError(f"{folder / 'config.json'} is not a model's config; wanted an object with model_type")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path} is missing; copy the model folder again")
+    found = read_object(path)
+    if not isinstance(found.get("model_type", ""), str):
+        raise UserError(f"{path} is not a model's config; wanted an object with model_type")
     return found
 
 
 def config_of(folder: Path) -> dict[str, Any]:
-    """config.json of the native model that the folder becomes."""
-    return family_of(folder).config
+    """config.json of the native model that the folder becomes; where there are no weights yet, as far as the published one says."""
+    return _settled(folder).config
+
+
+def _settled(folder: Path) -> Family:
+    family = family_of(folder)
+    tied = family.config.get("tie_word_embeddings") and weights.has_weights(folder)
+    return opened(folder)[0] if tied else family
+
+
+def fp16_overflows(folder: Path) -> str | None:
+    """As `run.fp16_overflows`, of the model in a folder, published or native."""
+    family = family_of(folder)
+    return run.fp16_overflows(str(family.config.get("model_type")) if family.native else family.name)
 
 
 def tensor_shapes(folder: Path) -> dict[str, list[int]]:
     """Native names and shapes of all tensors, from the files' headers (milliseconds). Raises UserError on missing or cut files."""
-    family = family_of(folder)
     if published_quant(folder) in ("nf4", "int8"):  # files hold other shapes than the model
         return {name: list(p.shape) for name, p in load_model(folder, device="meta").named_parameters()}
-    stored = weights.open_folder(folder, _bits(folder))
+    family, stored = opened(folder)
     return {name: list(shape) for name, shape, _, _ in weights.native(family, stored)}
 
 
@@ -145,9 +204,9 @@ def published_targets(wanted: Sequence[str] | None, folder: Path) -> list[str] |
 
 def published_names(folder: Path) -> dict[str, list[str]]:
     """Last names of the blocks' published layers that are named otherwise in the native model, and what they are there."""
-    family = family_of(folder)
+    family, stored = opened(folder)
     made: dict[str, dict[str, None]] = {}
-    for name in weights.open_folder(folder, _bits(folder)):
+    for name in stored:
         for take in family.places(name) or ():
             if name.endswith(".weight") and any(part.isdigit() for part in name.split(".")):
                 made.setdefault(name.split(".")[-2], {})[take.name.split(".")[-2]] = None
@@ -264,6 +323,8 @@ def published_quant(folder: Path) -> str | None:
     """How a folder keeps its weights, as a value of the run option `quant`: ChatGLM's own, or as transformers saves them with
     bitsandbytes; None: in 16 or 32 bits. Raises UserError for other quantisations."""
     made = published_config(folder).get("quantization_config") or {}
+    if not isinstance(made, dict):
+        raise UserError(f"{folder / 'config.json'}: quantization_config is {str(made)[:80]}; copy the file again")
     if not made:
         bits = _bits(folder)
         return f"chatglm-int{bits}" if bits else None
@@ -309,9 +370,11 @@ def open_tokens(folder: Path) -> Tokens:
     if family is None and not (folder / "tokenizer.json").is_file() and (found := chatglm.vocabulary(folder)):
         return Tokens.of_vocabulary(folder, found)
     if family is None or family.vocabulary is None:
-        return Tokens.open(folder)
-    tokens = Tokens.of_vocabulary(folder, _vocabulary(folder, family.vocabulary))
-    _check_vocabulary(folder, family, tokens)
+        tokens = Tokens.open(folder)
+    else:
+        tokens = Tokens.of_vocabulary(folder, _vocabulary(folder, family.vocabulary))
+    if family is not None:
+        _check_vocabulary(folder, family, tokens)
     return tokens
 
 
@@ -327,10 +390,11 @@ def _vocabulary(folder: Path, build: Callable[[Path], Vocabulary]) -> Vocabulary
         return Vocabulary(found["json"], found["config"])
     except (OSError, ValueError, KeyError):  # not there, or damaged
         pass
-    made = build(folder)
+    with readable(published_vocabulary(folder)):
+        made = build(folder)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(kept, json.dumps({"json": made.json, "config": made.config}, ensure_ascii=False))
+        whole(kept, json.dumps({"json": made.json, "config": made.config}, ensure_ascii=False))
     except OSError:
         pass  # a cache that cannot be written costs seconds next time, nothing else
     return made
@@ -338,16 +402,25 @@ def _vocabulary(folder: Path, build: Callable[[Path], Vocabulary]) -> Vocabulary
 
 def _check_vocabulary(folder: Path, family: Family, tokens: Tokens) -> None:
     """Another model's tokenizer files beside the weights would be accepted without a word."""
-    rows, ends = family.config.get("vocab_size"), family.config.get("eos_token_id")
-    if isinstance(rows, int) and tokens.vocab_size > rows:
-        raise UserError(
-            f"{folder}: its tokenizer has {tokens.vocab_size} tokens, its model knows {rows}: they belong to different models; copy the files again"
-        )
+    text = family.config.get("text_config")
+    config = {**family.config, **text} if isinstance(text, dict) else family.config
+    rows, ends = config.get("vocab_size"), config.get("eos_token_id")
+    if type(rows) is int:
+        check_rows(folder, tokens, rows)
     known = {ends} if isinstance(ends, int) else set(ends or ())
     if tokens.built and known and tokens.eos_id not in known:
         raise UserError(
             f"{folder}: its tokenizer ends texts with {tokens.name('eos_token')} {tokens.eos_id}, its config.json with {ends}: "
             "they belong to different models; copy the files again"
+        )
+
+
+def check_rows(folder: Path, tokens: Tokens, rows: int) -> None:
+    """Raises UserError where a tokenizer has ids that a model with `rows` rows of embeddings does not; further rows are padding."""
+    if tokens.vocab_size > rows:
+        raise UserError(
+            f"{folder}: the tokenizer has {tokens.vocab_size} tokens, the model {rows} rows; tokens were added without resizing the "
+            "model, or the tokenizer is of another model"
         )
 
 
@@ -376,9 +449,9 @@ def save_tokenizer(base: Path, template: Template, folder: Path) -> None:
     what is served; and in generation_config.json the tokens at which an answer ends."""
     tokens = template.tokens
     config = {key: value for key, value in tokens.config.items() if key not in ("chat_template", "auto_map")}
-    (folder / "tokenizer.json").write_text(tokens.json, encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(template.jinja, encoding="utf-8")
+    whole(folder / "tokenizer.json", tokens.json)
+    whole(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    whole(folder / "chat_template.jinja", template.jinja)
     settings = about_generation(base)
     published = family_of(base).settings if (base / "config.json").is_file() else {}
     if published and not settings:
@@ -386,7 +459,7 @@ def save_tokenizer(base: Path, template: Template, folder: Path) -> None:
     if template.stop_ids:
         settings["eos_token_id"] = template.stop_ids
     settings.setdefault("pad_token_id", tokens.pad_id)
-    (folder / "generation_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    whole(folder / "generation_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
 def load_tokenizer(folder: str | Path) -> tuple[Any, Template]:
@@ -406,8 +479,9 @@ def hf_tokenizer(folder: Path, template: Template) -> Any:
     if (folder / "tokenizer.json").is_file() and not tokens.built:
         try:
             made: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except (ValueError, OSError, KeyError) as error:
-            raise UserError(f"{folder}: transformers cannot open this tokenizer: {str(error).splitlines()[0]}") from None
+        except Exception as error:  # each class raises its own
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(f"{folder}: transformers cannot open this tokenizer: {reason}") from None
     else:
         from tokenizers import Tokenizer
 
@@ -430,19 +504,22 @@ def hf_tokenizer(folder: Path, template: Template) -> Any:
 # --- loading ------------------------------------------------------------------------------------------------------------
 
 
-def pick_device(wanted: str = "auto") -> Any:
-    """A torch device. `auto`: the first CUDA card, else Apple's GPU, else the CPU. Raises UserError for one that is not there."""
+def pick_device(wanted: Any = "auto") -> Any:
+    """A torch device, by its name or itself. `auto`: the first CUDA card, else Apple's GPU, else the CPU. Raises UserError for one that is not
+    there."""
     import torch
 
-    if wanted == "auto":
+    if isinstance(wanted, str) and wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        device = torch.device(wanted)
+        device = torch.device(wanted) if isinstance(wanted, str | torch.device) else None
     except RuntimeError:
-        raise UserError(
-            f"device: '{wanted}' is not a device; wanted auto, cpu, cuda, cuda:1 or mps{did_you_mean(wanted, ['auto', 'cpu', 'cuda', 'mps'])}"
-        ) from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps") or (device.type != "cuda" and device.index):
+        near = did_you_mean(str(wanted)[:40], ["auto", "cpu", "cuda", "mps"])
+        raise UserError(f"device: '{str(wanted)[:40]}' is not a device; wanted auto, cpu, cuda, cuda:1 or mps{near}")
+    # str: torch keeps eight bits of an index, so that its cuda:256 is cuda:0.
+    if device.type == "cuda" and (str(device) != str(wanted) or not 0 <= (device.index or 0) < torch.cuda.device_count()):
         raise UserError(
             f"device: '{wanted}' is not there ({torch.cuda.device_count()} CUDA cards are visible); `glmtune doctor` says why"
         )
@@ -466,11 +543,23 @@ def pick_precision(wanted: str, device: Any) -> str:
     return wanted if wanted != "auto" else "bf16" if fast_bf16(device) else "fp32"
 
 
+DTYPES = {
+    "bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16", "float16": "float16", "half": "float16", "fp32": "float32",
+    "float32": "float32", "float": "float32",
+}  # fmt: skip
+
+
 def as_dtype(dtype: Any) -> Any:
-    """The torch dtype behind "bf16", "fp16" and "fp32"; anything else as it is."""
+    """A torch dtype: by our names (bf16, fp16, fp32), torch's ("bfloat16", "torch.float16", "half" ...), or itself; "auto" stays. Raises
+    UserError for anything else."""
     import torch
 
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(dtype, dtype)
+    if isinstance(dtype, str) and dtype == "auto":
+        return dtype
+    if isinstance(dtype, str | torch.dtype) and (name := DTYPES.get(str(dtype).removeprefix("torch."))):
+        return getattr(torch, name)
+    near = did_you_mean(dtype, DTYPES) if isinstance(dtype, str) else ""
+    raise UserError(f"dtype: {str(dtype)[:40]!r} is none that a model can be used in; wanted auto, bf16, fp16 or fp32{near}")
 
 
 def quant_kind(folder: Path, wanted: str | None) -> str | None:
@@ -489,7 +578,7 @@ def quant_kind(folder: Path, wanted: str | None) -> str | None:
         )
     if wanted == "keep" and not kept:
         raise UserError(f"quant: keep is for models published in int4 or int8, {folder} is not; wanted {', '.join(QUANTS)}")
-    if wanted.startswith("chatglm") and not kept and family.config.get("model_type") not in ("chatglm1", "glm"):
+    if wanted.startswith("chatglm") and not kept and family.config.get("model_type") not in ROUNDED:
         raise UserError(f"quant={wanted} is ChatGLM's own, this is {family.name}; use quant=nf4 or quant=int8")
     if wanted == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError('quant=nf4 needs bitsandbytes: pip install "glmtune[quant]"; quant=int8 needs nothing more')
@@ -506,63 +595,90 @@ def load_model(path: str | Path, *, dtype: Any = "auto", device: Any = "auto", q
     """
     import torch
 
-    folder = resolve(str(path))
-    family = family_of(folder)
     dtype = as_dtype(dtype)
-    device = pick_device(device) if isinstance(device, str) else device
+    folder = resolve(str(path))
+    device = torch.device("meta") if str(device) == "meta" else pick_device(device)
     register()
-    if dtype == "auto":
-        named = str(published_config(folder).get("torch_dtype") or published_config(folder).get("dtype") or "float32")
-        dtype = getattr(torch, named.removeprefix("torch."), torch.float32)
+    dtype = _published_dtype(folder) if dtype == "auto" else dtype
     kind = quant_kind(folder, quant)
     if device.type == "meta":
-        return _empty(family, dtype, folder)
+        return _empty(_settled(folder), dtype, folder)
+    settings = _generation(folder)
+    family, stored = opened(folder)  # also where transformers reads them: it would take a damaged file as it is
     if published_quant(folder) in ("nf4", "int8"):
-        return _adopted(folder, dtype, device, kind)
-    stored = weights.open_folder(folder, _bits(folder))
-    if family.native and kind and family.config.get("model_type") not in FILLED:
-        return _packed_after(folder, stored, dtype, device, kind)
-    if family.native and not kind and not _ours_reads(family, stored, dtype):
-        return _from_pretrained(folder, dtype, device)
+        return _adopted(folder, family, stored, dtype, device, kind)
+    filled = family.config.get("model_type") in FILLED
+    if not filled and kind:
+        return _packed_after(folder, family, stored, dtype, device, kind)
+    if not filled and family.native:
+        return _from_pretrained(folder, family, stored, dtype, device)
     model = _empty(family, dtype, folder)
+    _try(model, folder)
+    weights.check(model, family, stored, folder)
+    if family.native and not kind and not _ours_reads(stored, dtype):
+        return _from_pretrained(folder, family, stored, dtype, device)
     weights.fill(model, family, stored, folder, dtype, device, kind)
     _fresh_buffers(model, device)
-    if (folder / "generation_config.json").is_file():
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if settings is not None:
+        model.generation_config = settings
     return model.eval()
 
 
-def _ours_reads(family: Family, stored: dict[str, weights.Stored], dtype: Any) -> bool:
-    """Whether a folder that transformers knows is better read by `weights`: its loader maps the files into memory, which costs nothing
-    in the stored dtype, but leaves a second copy there when every tensor is cast (measured: 1.9 times the weights, ours 1.02)."""
-    if family.config.get("model_type") not in FILLED:
-        return False
-    return any(item.dtype != str(dtype).removeprefix("torch.") for item in stored.values())
+def _published_dtype(folder: Path) -> Any:
+    """What config.json says its weights are to be computed in; fp32 where it does not say."""
+    import torch
+
+    config = published_config(folder)
+    named = str(config.get("torch_dtype") or config.get("dtype") or "float32").removeprefix("torch.")
+    found = getattr(torch, named, torch.float32)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UserError(f"{folder / 'config.json'}: torch_dtype is {named}; wanted float32, bfloat16 or float16")
+    return found
 
 
-def _adopted(folder: Path, dtype: Any, device: Any, kind: str | None) -> Any:
+def _generation(folder: Path) -> Any:
+    """transformers' generation settings of a folder; None without any. Raises UserError with the file's name."""
+    if not (folder / "generation_config.json").is_file():
+        return None
+    from transformers import GenerationConfig
+
+    about_generation(folder)  # whether it is JSON at all
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # whatever it makes of values that make no sense
+        raise UserError(f"{folder / 'generation_config.json'}: {' '.join(str(error).split())[:200]}; copy the file again") from None
+
+
+def _ours_reads(stored: dict[str, weights.Stored], dtype: Any) -> bool:
+    """Whether a folder of a family that both loaders know is better read by `weights`: transformers' loader maps the files into memory, which
+    costs nothing in the stored dtype, but leaves a second copy there when every tensor is cast (measured: 1.9 times the weights, ours
+    1.02); and it reads no shards without an index."""
+    cast = any(item.dtype != str(dtype).removeprefix("torch.") for item in stored.values() if not computed(item.name))
+    return cast or not weights.plain(sorted({item.path for item in stored.values()}))
+
+
+def _adopted(folder: Path, family: Family, stored: dict[str, weights.Stored], dtype: Any, device: Any, kind: str | None) -> Any:
     """A folder that transformers saved with bitsandbytes: opened by it, then its layers are changed for ours."""
     import torch
 
     from .. import quant
 
     quant.bitsandbytes()
-    model = _from_pretrained(folder, dtype, torch.device("cpu"))
+    model = _from_pretrained(folder, family, stored, dtype, torch.device("cpu"))
     quant.adopt(model, None if kind else dtype, str(folder))
     model.hf_quantizer.remove_quantization_config(model)  # else transformers refuses to move it, and export would write it down
     return model.to(device)
 
 
-def _packed_after(folder: Path, stored: dict[str, weights.Stored], dtype: Any, device: Any, kind: str) -> Any:
+def _packed_after(folder: Path, family: Family, stored: dict[str, weights.Stored], dtype: Any, device: Any, kind: str) -> Any:
     """A folder whose tensors only transformers' loader can place: mapped in the stored dtype, then packed layer by layer."""
     import torch
 
     from .. import quant
 
     kept = {item.dtype for item in stored.values() if len(item.shape) > 1}
-    model = _from_pretrained(folder, getattr(torch, kept.pop()) if len(kept) == 1 else torch.float32, torch.device("cpu"))
+    first = getattr(torch, kept.pop()) if len(kept) == 1 else torch.float32
+    model = _from_pretrained(folder, family, stored, first, torch.device("cpu"))
     names = quant.linears(model)
     share = sum(model.get_submodule(name).weight.numel() for name in names) / quant.in_blocks(model)
     if share < 0.9:
@@ -577,19 +693,61 @@ def _packed_after(folder: Path, stored: dict[str, weights.Stored], dtype: Any, d
     return model.to(device)
 
 
+CHOSEN_HERE = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+
+
+def _native_config(family: Family, folder: Path) -> Any:
+    """The native model's config object. How attention is computed is no property of a model: that key, which may name what is not
+    installed here, is left out. Raises UserError for values that its class does not take."""
+    from transformers import AutoConfig
+
+    def kept(given: dict[str, Any]) -> dict[str, Any]:
+        return {key: kept(value) if isinstance(value, dict) else value for key, value in given.items() if key not in CHOSEN_HERE}
+
+    try:
+        kind = AutoConfig.for_model(family.config["model_type"])
+        return type(kind).from_dict(kept({key: value for key, value in family.config.items() if key != "auto_map"}))
+    except Exception as error:  # whatever a class makes of a config that makes no sense
+        raise _no_model(family, folder, error) from None
+
+
+def _no_model(family: Family, folder: Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return UserError(f"{folder / 'config.json'} does not describe a model of the kind {family.name}: {reason}")
+
+
 def _empty(family: Family, dtype: Any, folder: Path) -> Any:
     """The native model without weights, on the meta device."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    config = _native_config(family, folder)
     try:
-        settings = {key: value for key, value in family.config.items() if key not in ("model_type", "auto_map")}
-        config = AutoConfig.for_model(family.config["model_type"], **settings)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except Exception as error:  # whatever a class makes of a config that makes no sense
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder / 'config.json'} does not describe a model of the kind {family.name}: {reason}") from None
+    except Exception as error:  # as above
+        raise _no_model(family, folder, error) from None
+
+
+def _try(model: Any, folder: Path) -> None:
+    """A forward pass of two tokens without numbers: settings that the class takes and its forward, or a cache, cannot use end here."""
+    import torch
+    from transformers import DynamicCache
+
+    try:
+        with torch.no_grad():
+            model(
+                input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"),
+                past_key_values=DynamicCache(config=model.config),
+                use_cache=True,
+            )
+    except Exception as error:  # as above
+        if isinstance(error, NotImplementedError) or "meta tensors" in str(error):
+            return  # not without numbers: Llama's dynamic rotary frequencies ask for one
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"{folder / 'config.json'} has settings that a {type(model).__name__} cannot compute with: {reason}"
+        ) from None
 
 
 def _fresh_buffers(model: Any, device: Any) -> None:
@@ -600,37 +758,57 @@ def _fresh_buffers(model: Any, device: Any) -> None:
                 setattr(parent, name, type(child)(model.config).to(device))
 
 
-def _from_pretrained(folder: Path, dtype: Any, device: Any) -> Any:
-    """A folder that transformers knows, through its own loader."""
+def _from_pretrained(folder: Path, family: Family, stored: dict[str, weights.Stored], dtype: Any, device: Any) -> Any:
+    """A folder that transformers knows, through its own loader, of the same files and with the same config as ours."""
     import contextlib
     import io
 
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    paths = sorted({item.path for item in stored.values()})
+    if not weights.plain(paths):
+        raise UserError(
+            f"{folder} holds shards without their index, which transformers needs; download model.safetensors.index.json too"
+        )
+    config = _native_config(family, folder)
     held, errors = logging.get_verbosity(), io.StringIO()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         with contextlib.redirect_stderr(errors):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
-            )
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
-        kind = published_config(folder).get("model_type")
-        reason = next((line for line in str(error).splitlines() if line.strip()), "")[:200]
+                folder, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True,
+                use_safetensors=paths[0].suffix == ".safetensors",
+            )  # fmt: skip
+    except Exception as error:  # each class, and each format of files, raises its own
+        empty = _empty(family, dtype, folder)
+        shapes = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
+        wrong = [
+            f"misshapen {name} (gives {list(item.shape)}, wanted {list(shapes[name])})"
+            for name, item in stored.items()
+            if shapes.get(name, item.shape) != item.shape and family.config.get("quantization_config") is None
+        ]
+        if wrong:
+            raise weights.misfit(folder, wrong) from None
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
         raise UserError(
-            f"{folder} (model_type '{kind}') cannot be opened by transformers without code from the checkpoint: {reason}"
+            f"{folder} (model_type '{config.model_type}') cannot be opened by transformers without code from the checkpoint: {reason}"
         ) from None
     finally:
         logging.set_verbosity(held)
         logging.enable_progress_bar()
     model, info = loaded
     wrong = [f"missing {n}" for n in sorted(info["missing_keys"])]
-    wrong += [f"unexpected {n}" for n in sorted(info["unexpected_keys"])]
+    wrong += [f"unexpected {n}" for n in sorted(info["unexpected_keys"]) if not computed(n)]
     wrong += [f"misshapen {n[0] if isinstance(n, tuple) else n}" for n in sorted(info["mismatched_keys"], key=str)]
     if wrong:
-        raise UserError(f"the weights in {folder} do not fit its config.json, {len(wrong)} tensors: {'; '.join(wrong)}")
+        raise weights.misfit(folder, wrong)
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if (
+        head is not None and head.weight is not embeddings.weight
+    ):  # transformers keeps both where they differ, and leaves the config as it was
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
     return model.to(device).eval()
 
 

@@ -62,8 +62,6 @@ def read(folder: Path, config: dict[str, Any]) -> Family:
             {
                 **{name: name for name in same},
                 f"{layer}self_attn.W_pack.weight": fused,
-                f"{layer}self_attn.rotary_emb.inv_freq": (),
-                "model.future_mask": (),
             }
         ),
         lambda at: _vocabulary(at, series, chat),
@@ -93,6 +91,8 @@ def _vocabulary(folder: Path, series: str, chat: bool) -> Vocabulary:
     generation = about_generation(folder)
     user, assistant = MARKS[series]
     marks = {user: generation.get("user_token_id", USER), assistant: generation.get("assistant_token_id", ASSISTANT)}
+    if not all(type(id) is int for id in marks.values()):
+        raise UserError(f"{folder / 'generation_config.json'}: user_token_id and assistant_token_id must be tokens' numbers")
     own = about_tokenizer(folder).get("chat_template")
     written = own or (chat_format(user, assistant) if chat else None)
     return vocabulary(folder, written, special=marks, bos=False, ends=[user] if written else [])

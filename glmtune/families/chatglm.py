@@ -123,7 +123,7 @@ def _chatglm1(folder: Path, config: dict[str, Any]) -> Family:
         "max_position_embeddings": config.get("max_sequence_length", 2048),
         "layer_norm_eps": config.get("layernorm_epsilon", 1e-5),
         "position_encoding_2d": config.get("position_encoding_2d", True),
-        "tie_word_embeddings": True,  # both copies are in the file; the published loader ties them
+        "tie_word_embeddings": True,  # both copies are in the file, equal
         "mask_token_id": config.get("mask_token_id", config["gmask_token_id"] - 1),
         "gmask_token_id": config["gmask_token_id"],
         "bos_token_id": config["bos_token_id"],
@@ -134,8 +134,7 @@ def _chatglm1(folder: Path, config: dict[str, Any]) -> Family:
         {
             "transformer.word_embeddings.*": "transformer.word_embeddings.*",
             "transformer.final_layernorm.*": "transformer.final_layernorm.*",
-            "lm_head.weight": (),
-            "transformer.layers.{}.attention.rotary_emb.inv_freq": (),
+            "lm_head.weight": "lm_head.weight",
             "transformer.layers.{}.input_layernorm.*": "transformer.layers.{}.input_layernorm.*",
             "transformer.layers.{}.post_attention_layernorm.*": "transformer.layers.{}.post_attention_layernorm.*",
             "transformer.layers.{}.attention.query_key_value.*": "transformer.layers.{}.attention.query_key_value.*",
@@ -240,7 +239,6 @@ def _glm_places(q: int, kv: int, width: int, interleaved: int) -> Places:
     return places(
         {
             "transformer.embedding.word_embeddings.weight": "model.embed_tokens.weight",
-            "transformer.rotary_pos_emb.inv_freq": (),
             layer + "input_layernorm.weight": "model.layers.{}.input_layernorm.weight",
             layer + "self_attention.query_key_value.*": fused,
             layer + "self_attention.dense.weight": "model.layers.{}.self_attn.o_proj.weight",

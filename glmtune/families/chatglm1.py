@@ -13,6 +13,7 @@ Letters: b rows, s tokens of this call, P positions that the cache already holds
 from typing import Any
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
@@ -32,6 +33,7 @@ ALPHA = (2 * 28) ** 0.5
 HIDDEN = torch.finfo(torch.float16).min / 2
 
 
+@strict
 class ChatGLM1Config(PreTrainedConfig):
     """Defaults are the 6B model's. Token ids differ between its revisions: they always come from here."""
 

@@ -9,10 +9,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..chat import read_object
+from ..chat import about_tokenizer, read_object
+from ..errors import UserError
 from ..records import Vocabulary
 
-__all__ = ["Family", "Places", "Take", "Vocabulary", "about_generation", "about_tokenizer", "added", "called", "places"]
+__all__ = [
+    "Family",
+    "Places",
+    "Take",
+    "Vocabulary",
+    "about_generation",
+    "about_tokenizer",
+    "added",
+    "called",
+    "computed",
+    "places",
+    "same_names",
+]
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,19 @@ class Take:
 Places = Callable[[str], Sequence[Take] | None]  # published name -> what becomes of it; () not needed; None: no such name
 
 
+def computed(name: str) -> bool:
+    """Whether a published tensor is a table that every class computes for itself: rotary frequencies, numbers of positions, the constant
+    under a mask. Old files hold them, and transformers ignores them too; what they say is never read."""
+    return (
+        re.search(r"(^|\.)(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|position_ids|masked_bias|future_mask)$", name) is not None
+    )
+
+
+def same_names(name: str) -> Sequence[Take]:
+    """Places of a folder whose tensors are named as in the native class."""
+    return () if computed(name) else (Take(name),)
+
+
 def places(rules: Mapping[str, str | Sequence[Take]]) -> Places:
     """A table of names as a function. In a rule `{}` stands for the layer's number and a last `*` for weight or bias (or anything);
     the right side is a name, a list of Takes, or () for a tensor that is not needed."""
@@ -44,6 +70,8 @@ def places(rules: Mapping[str, str | Sequence[Take]]) -> Places:
         compiled.append((re.compile(expression), (Take(takes),) if isinstance(takes, str) else takes))
 
     def place(name: str) -> Sequence[Take] | None:
+        if computed(name):
+            return ()
         for pattern, takes in compiled:
             found = pattern.fullmatch(name)
             if found:
@@ -88,23 +116,16 @@ def called(folder: Path, config: dict[str, Any]) -> str:
     return " ".join(str(name).rstrip("/").split("/")[-1] for name in names if name).lower()
 
 
-def about_tokenizer(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json over special_tokens_map.json, with chat_template.jinja; empty without them."""
-    about = read_object(folder / "special_tokens_map.json") | read_object(folder / "tokenizer_config.json")
-    if (folder / "chat_template.jinja").is_file():
-        about["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    template = about.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        about["chat_template"] = next((made["template"] for made in template if made["name"] == "default"), None)
-    return about
-
-
 def about_generation(folder: Path) -> dict[str, Any]:
     return read_object(folder / "generation_config.json")
 
 
 def added(folder: Path) -> dict[str, int]:
     """Tokens that a folder lists beside its vocabulary file: added_tokens.json and tokenizer_config.json's added_tokens_decoder."""
-    listed = about_tokenizer(folder).get("added_tokens_decoder", {})
-    found = {name: int(id) for name, id in read_object(folder / "added_tokens.json").items()}
-    return found | {token["content"]: int(id) for id, token in listed.items() if token.get("special", True)}
+    path = folder / "added_tokens.json"
+    found = read_object(path)
+    if not all(type(id) is int for id in found.values()):
+        raise UserError(f"{path}: wanted tokens and their numbers; copy the file again")
+    listed = about_tokenizer(folder).get("added_tokens_decoder") or {}
+    marks = {id: token for id, token in listed.items() if isinstance(token, dict)}
+    return found | {token["content"]: int(id) for id, token in marks.items() if token.get("special", True)}

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .family import Family, Take, Vocabulary, about_generation, about_tokenizer, called, places
-from .llama import REFUSE, native_config, same_names, vocabulary
+from .family import Family, Take, Vocabulary, about_generation, about_tokenizer, called, places, same_names
+from .llama import REFUSE, native_config, vocabulary
 
 SYSTEM = (  # `meta_instruction` of chat() in both published model files
     "You are an AI assistant whose name is InternLM (书生·浦语).\n"
@@ -116,7 +116,6 @@ def _second(folder: Path, config: dict[str, Any]) -> Family:
             {
                 **names,
                 "model.layers.{}.attention.wqkv.*": fused,
-                "model.layers.{}.attention.rotary_emb.inv_freq": (),
             }
         ),
         _published(folder, chat, marks),

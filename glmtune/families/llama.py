@@ -6,12 +6,12 @@ scripts/training/build_dataset.py and scripts/inference/gradio_demo.py), Chinese
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .family import Family, Take, Vocabulary, about_tokenizer, added, called
+from .family import Family, Vocabulary, about_tokenizer, added, called, same_names
 
 REFUSE = "{% else %}{{ raise_exception('this model has no way to write a ' ~ message['role'] ~ ' turn') }}{% endif %}"
 # The first question carries the system prompt; every question begins with bos. Filled in: what stands in capitals.
@@ -104,11 +104,6 @@ def native_config(folder: Path, config: dict[str, Any], **more: Any) -> dict[str
         raise UserError(f"{folder / 'config.json'} has no {', '.join(missing)}; copy the file again")
     kept = {key: config[key] for key in KEPT if key in config}
     return {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **kept, **more}
-
-
-def same_names(name: str) -> Sequence[Take]:
-    """Tensors that are named as Llama's; old files also hold the rotary frequencies, which are computed anew."""
-    return () if name.endswith(".rotary_emb.inv_freq") else [Take(name)]
 
 
 def vocabulary(

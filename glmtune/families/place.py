@@ -1,15 +1,19 @@
 """What MODEL stands for: the built-in model, a folder, a hub id, a run's folder or one of its checkpoints -> folders on this disk."""
 
+import datetime
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import hub
 from ..chat import read_object
+from ..data import fill
 from ..errors import UserError, did_you_mean
 from ..options import build, read
-from ..run import Run
+from ..run import Run, moment
 from . import smollm2
+from .fingerprint import fingerprint, trained_on
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class Place:
     system: str | None = None
     template: Any = "auto"  # str or Form
     quant: str | None = None  # how a run kept its base: what was learned fits those numbers
+    now: datetime.datetime | None = None  # when a run was started: what its prompts said, they say afterwards too
     join: str | None = None  # between instruction and input, as it was trained; None: the template's usual one
 
     @property
@@ -31,21 +36,29 @@ class Place:
 
 
 def locate(model: str | Path, adapter: str | Path | None = None, say=lambda text: None) -> Place:
-    """Finds a model: the built-in one, a model folder, a hub id, a run's folder OUT or one of its checkpoints/step-N."""
+    """Finds a model: the built-in one, a model folder, a hub id, a run's folder OUT or one of its checkpoints/step-N.
+
+    What the user names counts, with a warning where `adapter` was trained on another base. What a run recorded must be there: UserError as `base_of`.
+    """
     path = Path(model).expanduser()
     run_file = _run_file(path)
     if run_file is None:
-        return Place(str(model), resolve(str(model), say), _adapter(adapter, say))
+        base, other = resolve(str(model), say), _adapter(adapter, say)
+        _say_if_foreign(base, other, say)
+        return Place(str(model), base, other)
     found = _trained(path, say)
     run = _read(run_file)
     whole = (found / "config.json").is_file()
+    base, other = found if whole else base_of(run, found, say), _adapter(adapter, say)
+    _say_if_foreign(base, other, say)
     return Place(
         run.model,
-        found if whole else _base(run.model, found, say),
-        _adapter(adapter, say) or (None if whole else found),
-        run.system,
+        base,
+        other or (None if whole else found),
+        fill(run.system, run.variables) if run.system is not None else None,
         run.template,
         (run.resolved or {}).get("quant") or run.quant,
+        moment((run.resolved or {}).get("date") or run.date),
         run.join,
     )
 
@@ -53,7 +66,11 @@ def locate(model: str | Path, adapter: str | Path | None = None, say=lambda text
 def _read(run_file: Path) -> Run:
     """What a run's file says of its result, checked. How it was trained does not count here, and may be of an older version."""
     tree = read(run_file)
-    kept = {name: tree[name] for name in ("model", "system", "template", "quant", "join", "resolved") if name in tree}
+    kept = {
+        name: tree[name]
+        for name in ("model", "system", "template", "quant", "date", "join", "variables", "resolved")
+        if name in tree
+    }
     source = f"{run_file} is not as train wrote it (each of its checkpoints holds a copy)"
     return build(Run, {**kept, "data": [{"path": ""}], "out": ""}, source)
 
@@ -67,15 +84,62 @@ def _run_file(path: Path) -> Path | None:
     return parent if made_here else None
 
 
-def _base(name: str, adapter: Path, say) -> Path:
-    """The base of a run. A folder that was given relative to another working directory is found through the adapter's config."""
-    try:
-        return resolve(name, say)
-    except UserError:
-        base = adapter_config(adapter).get("base_model_name_or_path")
-        if isinstance(base, str) and base and Path(base).is_dir():
-            return Path(base)
-        raise
+def base_of(run: Run, trained: Path, say=lambda text: None) -> Path:
+    """The base that a run was trained on: what lies at the recorded absolute path, else what its `model` names from here.
+
+    trained: the adapter or checkpoint. Raises UserError where neither has the recorded fingerprint. Runs of glmtune 0.3.0 have none; their
+    adapter's config names the folder.
+    """
+    resolved = run.resolved or {}
+    known = resolved.get("fingerprint")
+    given = resolved.get("base") or adapter_config(trained).get("base_model_name_or_path")
+    recorded = Path(given) if isinstance(given, str) and Path(given).is_absolute() else None
+    if recorded is not None and (recorded / "config.json").is_file():
+        if known is None or fingerprint(recorded) == known:
+            return recorded
+        here = Path(run.model).expanduser()
+        if (
+            here.is_dir() and fingerprint(resolve(run.model, say)) == known
+        ):  # the project was moved, and another model lies where it was
+            return here
+        raise _other_base(run, trained, recorded, f"what lies there now is another (fingerprint {fingerprint(recorded)[:12]})")
+    # A folder's name may look like a hub id: what was local is not asked for on a hub.
+    if recorded is not None and not _named_anew(run.model, recorded):
+        raise _other_base(run, trained, recorded, "it is not there any more")
+    base = resolve(run.model, say)
+    if known is not None and fingerprint(base) != known:
+        raise _other_base(run, trained, recorded or base, f"{base} is another (fingerprint {fingerprint(base)[:12]})")
+    if known is None and recorded is not None:
+        say(
+            f"warning: the base {recorded} is gone; taking {base}. Whether that is the same cannot be told: the run has no fingerprint of it"
+        )
+    return base
+
+
+def _named_anew(name: str, recorded: Path) -> bool:
+    """Whether a run's `model` still names something where its folder is gone: the built-in model, a folder seen from here, or a hub's."""
+    return (
+        name == smollm2.NAME
+        or Path(name).expanduser().is_dir()
+        or name.startswith("modelscope:")
+        or recorded.parent.name == "snapshots"
+    )
+
+
+def _other_base(run: Run, trained: Path, recorded: Path, what: str) -> UserError:
+    known = (run.resolved or {}).get("fingerprint")
+    marked = f" (fingerprint {known[:12]})" if known else ""
+    return UserError(
+        f"{trained} was trained on the base model {recorded}{marked}, and {what}; put that model back there"
+        + (f", or in this folder as {run.model}" if not Path(run.model).is_absolute() else "")
+        + (f"; or name another base yourself: MODEL --adapter {trained}" if (trained / "adapter_config.json").is_file() else "")
+    )
+
+
+def _say_if_foreign(base: Path, adapter: Path | None, say) -> None:
+    known = trained_on(adapter) if adapter is not None else None
+    if known is not None and known != fingerprint(base):
+        say(f"warning: {adapter} was trained on another base model than {base} (their fingerprints differ)")
 
 
 def adapter_config(path: str | Path) -> dict[str, Any]:
@@ -95,12 +159,10 @@ def _trained(path: Path, say) -> Path:
             return folder
     if not path.is_dir():
         raise UserError(f"there is no folder {path}")
-    if (path / "checkpoints").is_dir():
-        steps = sorted((p for p in (path / "checkpoints").glob("step-*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
-        if steps:
-            found = _trained(steps[-1], say)
-            say(f"{path} holds no finished adapter or model; taking its newest checkpoint, {found}")
-            return found
+    if steps := checkpoints(path):
+        found = _trained(steps[max(steps)], say)
+        say(f"{path} holds no finished adapter or model; taking its newest checkpoint, {found}")
+        return found
     weights = next((file for folder in (path, path / "adapter") for file in folder.glob("adapter_model.*")), None)
     if weights is not None:
         raise UserError(f"adapter_config.json is missing beside {weights}; copy it from where the adapter was trained")
@@ -108,6 +170,12 @@ def _trained(path: Path, say) -> Path:
     if (path / "run.yaml").is_file() and not (path / "finished.json").is_file():
         missing = f" yet; finish the run first: glmtune train {path / 'run.yaml'} --resume"
     raise UserError(f"{path} holds no trained adapter or model{missing}")
+
+
+def checkpoints(out: Path) -> dict[int, Path]:
+    """The checkpoints of a run's folder by their steps, whole or not."""
+    named = {p: re.fullmatch(r"step-([0-9]{1,18})", p.name) for p in (out / "checkpoints").glob("step-*")}
+    return {int(found[1]): p for p, found in named.items() if found}
 
 
 def resolve(name: str, say=lambda text: None) -> Path:

@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 from ..errors import UserError
+from ..files import whole
 from ..hub import cache_root
 
 NAME = "smollm2-135m-instruct"
@@ -121,4 +122,4 @@ def _mend_tokenizer(path: Path) -> None:
             {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
         ],
     }
-    path.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
+    whole(path, json.dumps(tokenizer, ensure_ascii=False))
