@@ -195,12 +195,12 @@ def _sides(run: Run, made: Store, found: Sequence[sources.Found]) -> tuple[Chose
 
 
 def _learning_rate(run: Run) -> list[str]:
-    (usual, whose), given = default_lr(run.method, run.stage.kind), run.optim.lr
+    (usual, name), given = default_lr(run.method, run.stage.kind), run.optim.lr
     if given is None:
-        return [f"learning rate {usual:g}, the default of {whose}"]
+        return [f"learning rate {usual:g}, the default of method {name}"]
     if not usual / 10 < given < usual * 10:
         return [
-            f"warning: optim.lr={given:g} is {'above' if given > usual else 'below'} the usual {usual:g} of {whose} by ten times or more"
+            f"warning: optim.lr={given:g} is {'above' if given > usual else 'below'} the usual {usual:g} of method {name} by ten times or more"
         ]
     return []
 

@@ -469,13 +469,14 @@ UNKNOWN_LR = 1e-4  # of a method from outside that has no line above
 
 
 def default_lr(method: Options, stage: str | None = None) -> tuple[float, str]:
-    """The learning rate of a run that gives none, and whose it is in words. A variant's rate goes before its method's, a stage's before any's."""
+    """The learning rate of a run that gives none, and whose it is in words: a method, perhaps in a stage. A variant's rate goes before its
+    method's, a stage's before that of any stage."""
     kind: str = getattr(method, "kind")  # noqa: B009
     for name in filter(None, (getattr(method, "variant", None), kind)):
         for of in (stage, None):
             if (of, name) in DEFAULT_LR:
-                return DEFAULT_LR[of, name], f"method {name}" + (f" in stage {of}" if of else "")
-    return UNKNOWN_LR, f"method {kind}"
+                return DEFAULT_LR[of, name], f"{name} in stage {of}" if of else name
+    return UNKNOWN_LR, kind
 
 
 def load_run(path: str | Path | None, overrides: Iterable[str] = (), **missing: Any) -> Run:
