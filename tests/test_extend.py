@@ -1,4 +1,4 @@
-"""Extension from outside: a format, a method and a stage, each by one line in a plain dict; then a few steps are trained."""
+"""Extension from outside: a row form, a method, a stage with a metric and a family, each by a line in a plain dict; then a few steps are trained."""
 
 import dataclasses
 import json
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 import glmtune
 from glmtune import estimate, export, families, forms, method, methods, plan, predict, run, settings, stages
 from glmtune.errors import UserError
+from glmtune.families.family import Family, Take, places
 from glmtune.generate import Sampling
 from glmtune.method import Method
 from glmtune.options import Options
-from glmtune.records import Conversation, Turn
+from glmtune.records import Column, Conversation, Turn
 from glmtune.run import load_run
 from glmtune.runfolder import read_jsonl
 from glmtune.training import train
@@ -261,3 +262,166 @@ def test_a_count_from_shapes_is_that_of_the_model(options: list[str], tied: bool
     wanted = load_run(None, [f"model={model}", "data=rows.jsonl", "out=(none)", *options])
     found = method.of(wanted.method).resolve(wanted.method, wanted, model)
     assert method.of(found).count(found, model) == methods.count_attached(found, model)
+
+
+# --- a stage with a metric, a family, a row form ----------------------------------------------------------------------------
+
+
+class Lengths(Options):
+    """Learns as sft does, the longer rows less, and logs how long they are."""
+
+    kind: Literal["lengths"] = "lengths"
+
+
+def encode_lengths(template: Any, row: Conversation, limits: stages.Limits, tally: stages.Tally) -> list[Any]:
+    made = stages.encode_conversation(template, row, limits, tally)
+    return [dataclasses.replace(example, columns={"length": len(example.ids)}) for example in made]
+
+
+def lengths_loss(forward: Any, batch: Any) -> stages.Terms:
+    lengths = batch.columns["length"]
+    return stages.Terms(
+        {"nll": forward.nll(batch), "long": -(forward.logps(batch) / lengths[batch.row_of]).sum()},
+        {"length": (float(lengths.sum()), batch.num_rows)},
+    )
+
+
+def count_tokens(state: dict[str, Any], line: dict[str, Any]) -> None:
+    state["tokens"] = line["tokens so far"] = state.get("tokens", 0) + line["length"]
+
+
+def add_stage(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[str]:
+    monkeypatch.setitem(run.STAGES, "lengths", Lengths)
+    stage = stages.Stage(
+        "answers", encode_lengths, lengths_loss,
+        lambda rows: {**stages.learned_weight(rows), "long": float(len(rows))},
+        {"length": Column("row", "int64")}, after_step=count_tokens,
+    )  # fmt: skip
+    monkeypatch.setitem(stages.STAGES, "lengths", stage)
+    monkeypatch.setitem(run.DEFAULT_LR, ("lengths", "lora"), 3e-4)
+    return ["stage=lengths"]
+
+
+PARTS = {"q": (0, 32), "k": (32, 48), "v": (48, 64)}  # rows of the fused projection
+
+
+def read_fused(folder: Path, config: dict[str, Any]) -> Family:
+    """A folder whose q, k and v are one tensor, and whose names are others."""
+    native = {name: value for name, value in config.items() if name not in ("architectures", "model_type")}
+    fused = [Take(f"model.layers.{{}}.self_attn.{part}_proj.weight", *rows) for part, rows in PARTS.items()]
+    rules = {"body.{}.qkv.weight": fused, "body.{}.rest.self_attn.o_proj.weight": "model.layers.{}.self_attn.o_proj.weight"}
+    rules |= {
+        f"body.{{}}.rest.{name}": f"model.layers.{{}}.{name}"
+        for name in ("input_layernorm.weight", "post_attention_layernorm.weight")
+    }
+    rules |= {
+        f"body.{{}}.rest.mlp.{name}.weight": f"model.layers.{{}}.mlp.{name}.weight"
+        for name in ("gate_proj", "up_proj", "down_proj")
+    }
+    rules |= {"words.weight": "model.embed_tokens.weight", "last.weight": "model.norm.weight"}
+    return Family("Fused-LM", {**native, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}, places(rules))  # fmt: skip
+
+
+def publish_fused(native: Path, folder: Path) -> Path:
+    shutil.copytree(native, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "fusedlm", "architectures": ["FusedLM"]}))
+    held = load_file(native / "model.safetensors")
+    made = {"words.weight": held.pop("model.embed_tokens.weight"), "last.weight": held.pop("model.norm.weight")}
+    for layer in range(config["num_hidden_layers"]):
+        start = f"model.layers.{layer}."
+        made[f"body.{layer}.qkv.weight"] = torch.cat([held.pop(f"{start}self_attn.{part}_proj.weight") for part in PARTS])
+        made |= {f"body.{layer}.rest.{name.removeprefix(start)}": held.pop(name) for name in list(held) if name.startswith(start)}
+    assert not held
+    save_file(made, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def add_family(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[str]:
+    monkeypatch.setitem(families.READERS, "fusedlm", read_fused)
+    return [f"model={publish_fused(tiny.llama(folder / 'native'), folder / 'fused')}", "method.targets=[qkv, down_proj]"]
+
+
+def add_form(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[str]:
+    monkeypatch.setitem(forms.FORMATS, "qa", from_qa)
+    rows = [{"frage": row["messages"][0]["content"], "antwort": row["messages"][1]["content"]} for row in tiny.rows(8)]
+    return [f"data=[{{path: {tiny.write_rows(folder / 'qa.jsonl', rows)}, format: qa}}]"]
+
+
+ADDED: dict[str, tuple[Any, int, set[str]]] = {  # how, the numbers that are trained, columns that the log has more
+    "stage": (add_stage, 2 * 8 * (128 + 96 + 240), {"nll", "long", "length", "tokens so far"}),
+    "family": (add_family, 2 * 8 * (64 + 96 + 80), set()),
+    "row form": (add_form, 2 * 8 * (128 + 96 + 240), set()),
+}
+
+
+USUAL = [
+    "precision=fp32", "device=cpu", "samples=[]", "report_to=[]", "optim.batch_size=4", "optim.steps=4", "save.every_steps=2",
+    "eval.share=0.3", "eval.every_steps=2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> run.Run:
+    """A finished run of nothing but what is built in."""
+    folder = tmp_path_factory.mktemp("plain")
+    rows = tiny.write_rows(folder / "rows.jsonl", tiny.rows(8))
+    made = load_run(None, [f"model={tiny_model}", f"data={rows}", f"out={folder / 'out'}", *USUAL])
+    glmtune.train(made)
+    return made
+
+
+@pytest.mark.parametrize("what", ADDED)
+def test_what_comes_from_outside_is_counted_saved_resumed_and_logged(
+    what: str, plain: run.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add, count, columns = ADDED[what]
+    out, plain_out = tmp_path / "out", Path(plain.out)
+    given = add(monkeypatch, tmp_path)
+    wanted = load_run(None, [*USUAL, f"model={plain.model}", f"data={plain.data[0].path}", f"out={out}", *given])
+
+    # Counted: rows, trained numbers, the rate.
+    made, usual = plan.make(wanted), plan.make(plain)
+    chosen = settings.resolve(made)
+    assert (len(made.examples), made.lengths) == (len(usual.examples), usual.lengths)
+    assert made.shape.trainable == count == methods.count_attached(made.method, made.folder)
+    assert chosen["lr"] == (3e-4 if what == "stage" else 2e-4)
+    assert any(
+        note.endswith("the default of method lora" + (" in stage lengths" if what == "stage" else "")) for note in made.notes
+    )
+
+    # Saved: the folder of any other run, with a base that it can be found by again.
+    glmtune.train(wanted)
+    names = [sorted(str(p.relative_to(o)) for p in o.rglob("*")) for o in (out, plain_out)]
+    assert names[0] == names[1]
+    averages = load_file(out / "checkpoints/step-4/optimizer.safetensors")
+    assert sum(tensor.numel() for name, tensor in averages.items() if name.endswith("exp_avg")) == count
+    assert families.trained_on(out / "adapter") == families.fingerprint(made.folder)
+    after, last = (logits(glmtune.load(place, dtype="fp32", device="cpu").model) for place in (out, out / "checkpoints/step-4"))
+    base = logits(glmtune.load(made.folder, dtype="fp32", device="cpu").model)
+    assert torch.equal(after, last) and not torch.equal(after, base)
+    if what == "family":
+        assert torch.equal(base, logits(glmtune.load(tmp_path / "native", dtype="fp32", device="cpu").model))
+    if what == "row form":  # the same rows in another form
+        assert log_of(out) == log_of(plain_out)
+
+    # Logged: a column for each term and metric, in training and in evaluation.
+    rows, before = log_of(out), log_of(plain_out)
+    assert [set(row) - set(other) for row, other in zip(rows, before)] == [
+        columns | ({"eval_length"} if what == "stage" and "eval_loss" in row else set()) for row in rows
+    ]
+    assert all(set(other) <= set(row) for row, other in zip(rows, before))
+    if what == "stage":
+        assert all(row["loss"] == pytest.approx(row["nll"] + row["long"]) for row in rows)
+        assert rows[-1]["tokens so far"] == pytest.approx(sum(row["length"] for row in rows))
+
+    # Resumed: bit for bit, the stage's own state too.
+    cut = tmp_path / "cut"
+    shutil.copytree(out, cut)
+    (cut / "finished.json").unlink()
+    for part in ("checkpoints/step-4", "adapter"):
+        shutil.rmtree(cut / part)
+    glmtune.train(wanted.model_copy(update={"out": str(cut)}), resume=True)
+    assert log_of(cut) == rows
+    for name in ("adapter/adapter_model.safetensors", "checkpoints/step-4/optimizer.safetensors"):
+        assert (cut / name).read_bytes() == (out / name).read_bytes()
