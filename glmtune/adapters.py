@@ -120,8 +120,12 @@ def open_folder(path: str | Path) -> tuple[Path, dict[str, Any], dict[str, Tenso
 
 
 def digest(path: str | Path) -> str:
-    """Of an adapter's settings and numbers."""
-    folder, file = _find(Path(path).expanduser())
+    """Of an adapter's settings and numbers; of one that a method from outside saved, of every file."""
+    path = Path(path).expanduser()
+    if path.is_dir() and families.adapter_config(path).get("peft_type", READS[0]) not in READS:
+        folder = path if (path / "adapter_config.json").is_file() else path / "adapter"
+        return " ".join(files.digest(one) for one in sorted(folder.iterdir()) if one.is_file())
+    folder, file = _find(path)
     return " ".join(files.digest(one) for one in (file, folder / "adapter_config.json") if one.is_file())
 
 

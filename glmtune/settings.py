@@ -1,4 +1,4 @@
-"""What a run's `auto` and null stand for, which path computes it, and what the estimate goes by: decided here, once, before step 1.
+"""What a run's `auto` and null stand for, and what the estimate goes by: decided here, once, before step 1.
 
 Everything follows from the machine's flags, the model and the lengths, never from timing. It is written into run.yaml and read from there on
 resume, so that a run goes on with the numbers it began with.

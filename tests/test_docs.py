@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from glmtune import check, cli, data, train
-from glmtune.run import Source, load_run
+from glmtune.run import DEFAULT_LR, Source, load_run
 
 from . import published, tiny
 from .test_adapters import old_adapter
@@ -268,6 +268,18 @@ CHATGLM3_6B = {  # of its published config.json, what sizes follow from
     "num_attention_heads": 32, "num_layers": 28, "original_rope": True, "padded_vocab_size": 65024, "post_layer_norm": True, "rmsnorm": True,
     "seq_length": 8192, "torch_dtype": "float16",
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("page", ["methods.md", "methods.zh.md"])
+def test_the_table_of_default_rates_is_the_one_that_runs_take(page):
+    """A row's words in code: the method, and its variant; before them the stage, where the rate is that stage's own."""
+    lines = (ROOT / "docs" / page).read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| ") and "`optim.lr`" in line) + 2
+    told = {}
+    for line in lines[start : next(i for i in range(start, len(lines)) if not lines[i])]:
+        what, rate = line.strip("| ").split(" | ")
+        told[" with ".join(re.findall(r"`([^`]+)`", what))] = float(re.match(r"[\de.-]+", rate)[0])
+    assert told == {name if stage is None else f"{stage} with {name}": rate for (stage, name), rate in DEFAULT_LR.items()}
 
 
 def test_the_table_of_what_fits_is_true(tmp_path, monkeypatch, capsys):

@@ -47,6 +47,7 @@ class Scales(Options):
 
     kind: Literal["scales"] = "scales"
     first: float = 1.0
+    start: str | None = None
 
 
 def attach_scales(model: Any, options: Scales, seed: int) -> None:
@@ -78,8 +79,17 @@ def load_scales(model: Any, folder: Path) -> None:
         model.get_parameter(name).data = tensor
 
 
+def begin_scales(model: Any, options: Scales, first_ids: Any) -> None:
+    if options.start:
+        for name, tensor in load_file(Path(options.start) / "adapter" / "scales.safetensors").items():
+            model.get_parameter(name).data.copy_(tensor)
+
+
 SCALES = Method(
     attach_scales,
+    begin=begin_scales,
+    resolve=lambda options, run, folder: method.continued(options, run, folder),
+    options_of=lambda folder: {},
     describe=lambda options: f"a factor for each number, {options.first} at first",
     adapter=True,
     save=save_scales,
@@ -213,6 +223,29 @@ def test_a_method_from_outside_is_counted_saved_loaded_resumed_and_estimated(
     assert log_of(cut) == log_of(out)
     result = "model/model.safetensors" if kind == "norms" else "adapter/scales.safetensors"
     assert (cut / result).read_bytes() == (out / result).read_bytes()
+
+
+def test_a_run_goes_on_from_what_it_saved(outside: None, tiny_model: Path, tmp_path: Path) -> None:
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.rows(8))
+    usual = [
+        f"model={tiny_model}",
+        f"data={rows}",
+        "optim.batch_size=8",
+        "report_to=[]",
+        "samples=[]",
+        "precision=fp32",
+        "device=cpu",
+    ]
+    first, second = tmp_path / "first", tmp_path / "second"
+    glmtune.train(load_run(None, [*usual, f"out={first}", "method=scales", "optim.steps=2"]))
+    glmtune.train(load_run(None, [*usual, f"out={second}", "method=scales", f"method.start={first}", "optim.steps=1"]))
+    assert log_of(second)[0]["loss"] < log_of(first)[-1]["loss"] < log_of(first)[0]["loss"]
+    with pytest.raises(UserError, match="holds a scales adapter, this run has method=lora"):
+        plan.make(load_run(None, [*usual, "out=(none)", f"method.start={first}"]))
+    (second / "finished.json").unlink()
+    save_file({"changed": torch.zeros(1)}, first / "adapter" / "scales.safetensors")
+    with pytest.raises(UserError, match="which this run goes on from, changed since it was started"):
+        glmtune.train(load_run(second / "run.yaml"), resume=True)
 
 
 @pytest.mark.parametrize("options", [NormsOnly(), Scales(first=0.5)], ids=["norms", "scales"])

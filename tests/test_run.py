@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from glmtune import options
 from glmtune.errors import UserError
-from glmtune.run import Run, load_run, moment
+from glmtune.run import DEFAULT_LR, UNKNOWN_LR, Full, Prefix, Run, default_lr, load_run, moment
 
 GIVEN = ("model=m", "data=a.json", "out=o")
 
@@ -264,3 +264,17 @@ def test_a_date_is_a_date_however_it_is_written(tmp_path):
         (tmp_path / "run.yaml").write_text(HEAD + f"date: {text}\n")
         assert str(moment(load_run(tmp_path / "run.yaml").date)) == "2026-03-01 00:00:00"
     assert load_run(None, [*GIVEN, "date=2026-03-01"]).date == "2026-03-01"
+
+
+def test_a_default_rate_is_that_of_stage_and_method(monkeypatch):
+    """A variant's before its method's, a stage's before any's; a method without a line has one too."""
+    plain, projected = Prefix(), Prefix(projection=True)
+    assert default_lr(plain, "sft") == default_lr(plain) == (1e-2, "prefix")
+    assert default_lr(projected, "sft") == (1e-4, "prefix with projection")
+    monkeypatch.setitem(DEFAULT_LR, ("dpo", "prefix"), 3e-3)
+    assert default_lr(plain, "dpo") == (3e-3, "prefix in stage dpo") and default_lr(plain, "sft")[0] == 1e-2
+    assert default_lr(projected, "dpo") == (1e-4, "prefix with projection")
+    monkeypatch.setitem(DEFAULT_LR, ("dpo", "prefix with projection"), 5e-5)
+    assert default_lr(projected, "dpo") == (5e-5, "prefix with projection in stage dpo")
+    monkeypatch.delitem(DEFAULT_LR, (None, "full"))
+    assert default_lr(Full()) == (UNKNOWN_LR, "full")
