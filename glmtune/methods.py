@@ -44,6 +44,8 @@ def attach(model: nn.Module, options: Any, seed: int) -> None:
     """
     model.requires_grad_(False)
     method.of(options).attach(model, options, seed)
+    for parameter in trainable(model).values():
+        parameter.data = parameter.data.float()  # what is trained is fp32, whoever made it
     _mark(model, options.kind)
 
 

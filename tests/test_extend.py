@@ -264,6 +264,20 @@ def test_its_reference_is_where_training_began(options: Any, outside: None, tiny
     assert torch.equal(logits(model), now) and not torch.equal(now, began)
 
 
+def test_what_it_trains_is_fp32(outside: None, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def attach(model: Any, options: NormsOnly, seed: int) -> None:
+        model.model.layers[1].self_attn.q_proj.weight.requires_grad_(True)
+
+    monkeypatch.setitem(method.METHODS, "norms", Method(attach))
+    model = families.load_model(tiny_model, dtype=torch.bfloat16, device="cpu")
+    methods.prepare(model, torch.bfloat16)
+    methods.attach(model, NormsOnly(), 0)
+    (weight,) = methods.trainable(model).values()
+    assert weight.dtype == torch.float32
+    model(input_ids=torch.tensor([[5, 9, 2]]), use_cache=False).logits.sum().backward()
+    assert weight.grad is not None and weight.grad.any()
+
+
 def test_weights_that_it_trains_are_not_packed(outside: None, tiny_model: Path) -> None:
     given = [f"model={tiny_model}", "data=rows.jsonl", "out=(none)", "quant=int8"]
     with pytest.raises(UserError, match="which gradient steps cannot change, and method=norms trains them"):
