@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from glmtune import chat, families
@@ -14,6 +14,7 @@ from glmtune.records import Conversation, Document, Turn
 from glmtune.run import Form
 
 from . import tiny
+from .cases import cases
 
 OWN = Form(system="S: {content}\n", user="Q: {content}\n", assistant="A: {content}{stop}\n\n", stop="</s>")
 NAMES = ["chatml-jinja", "llama2-jinja", "glm4-jinja", "plain", "chatml", "alpaca", "own"]
@@ -66,7 +67,7 @@ def conversations(draw: st.DrawFn, texts=text) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=60, deadline=None)
+@cases(60)
 @given(messages=conversations())
 def test_a_prompt_is_a_prefix_of_its_training_sequence(templates, name, messages):
     template = templates[name]
@@ -97,7 +98,7 @@ def test_a_long_conversation_is_cut_as_a_short_one(templates, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=60, deadline=None)
+@cases(60)
 @given(messages=conversations(), learn=st.sampled_from(["all", "last"]))
 def test_exactly_the_answers_and_their_stop_marks_are_learned(templates, name, messages, learn):
     template = templates[name]
@@ -120,7 +121,7 @@ def test_exactly_the_answers_and_their_stop_marks_are_learned(templates, name, m
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=60, deadline=None)
+@cases(60)
 @given(messages=conversations())
 def test_user_text_cannot_write_a_special_token(templates, name, messages):
     template = templates[name]
@@ -130,7 +131,7 @@ def test_user_text_cannot_write_a_special_token(templates, name, messages):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=40, deadline=None)
+@cases(40)
 @given(messages=conversations(plain_text))
 def test_what_was_trained_is_what_is_served(templates, name, messages):
     """The saved chat template, rendered and tokenised by transformers' own way, gives our ids."""
@@ -281,7 +282,7 @@ def test_a_template_that_only_copies_texts_is_known_as_one(source, copies):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=40, deadline=None)
+@cases(40)
 @given(talks=st.lists(conversations(), min_size=1, max_size=4))
 def test_what_one_rendering_shows_of_a_template_that_copies_holds_for_all(templates, name, talks):
     template = templates[name]

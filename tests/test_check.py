@@ -7,13 +7,14 @@ from typing import Any
 from weakref import ref
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from glmtune import check, data
 from glmtune.errors import UserError
 
 from . import damage
+from .cases import cases
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +76,7 @@ def _is_refused(file: str) -> bool:
     return False
 
 
-@settings(deadline=None, max_examples=15)
+@cases(15)
 @given(
     at=st.sets(st.integers(0, 14), min_size=1),
     name=st.sampled_from(["missing brace", "truncated", "missing comma", "no JSON"]),
@@ -477,7 +478,7 @@ def test_long_rows_follow_the_policy_of_the_run(policy: str, level: str) -> None
     assert "over-length: 2 of 3 rows have more than max_length=10 tokens; the longest has 31 (a.jsonl:2)" in found["notes"]
 
 
-@settings(deadline=None, max_examples=25)
+@cases(25)
 @given(data=st.data(), layout=st.sampled_from(["array", "lines"]))
 def test_rows_in_are_rows_out_and_rows_removed(data: Any, layout: str) -> None:
     rows = clean(12)

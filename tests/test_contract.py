@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from glmtune import batch, families, plan, run, stages, tokenise
@@ -31,6 +31,7 @@ from glmtune.training import train
 from glmtune.world import World
 
 from . import published, tiny
+from .cases import cases
 
 # --- rows are whole -----------------------------------------------------------------------------------------------------------
 
@@ -54,7 +55,7 @@ def template(tiny_model: Path):
     return families.open_template(tiny_model, "auto")
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@cases(60, derandomize=True)
 @given(
     rows=preference_rows(),
     policy=st.sampled_from(POLICIES),
@@ -88,7 +89,7 @@ def test_a_pair_is_whole_in_every_step(tmp_path_factory, template, rows, policy,
     assert sorted(seen) == list(range(chosen.num_rows))
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@cases(80, derandomize=True)
 @given(
     groups=st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=3), min_size=1, max_size=12),
     room=st.integers(8, 120),
@@ -167,7 +168,7 @@ def rows_with_columns(draw: st.DrawFn) -> list[list[Example]]:
     return rows
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@cases(50, derandomize=True)
 @given(blocks=st.lists(rows_with_columns(), min_size=1, max_size=3))
 def test_a_store_gives_every_column_back(tmp_path_factory, blocks):
     made, number = [], 0

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from glmtune import data, forms
 from glmtune.errors import UserError
 from glmtune.records import Conversation, Document, Turn
+
+from .cases import cases
 
 
 @dataclass
@@ -318,7 +320,7 @@ def as_csv(rows: list[dict], gap: int) -> str:
     return sheet.getvalue()
 
 
-@settings(deadline=None, max_examples=60)
+@cases(60)
 @given(
     rows=ROWS,
     gap=st.integers(0, 2),
@@ -516,7 +518,7 @@ def conversations(start: int, stop: int) -> list[Conversation]:
     return [Conversation((Turn("user", f"q{i}"), Turn("assistant", f"a{i}"))) for i in range(start, stop)]
 
 
-@settings(deadline=None, max_examples=30)
+@cases(30)
 @given(share=st.floats(0.05, 0.6), more=st.integers(1, 200))
 def test_rows_added_later_move_no_row_between_train_and_dev(share: float, more: int) -> None:
     few, many = conversations(0, 200), conversations(0, 200 + more)

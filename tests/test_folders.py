@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -16,9 +16,10 @@ from torch import Tensor
 from glmtune import export, families
 from glmtune.errors import UserError
 from tests import published, tiny
+from tests.cases import cases
 
 IDS = torch.tensor([[5, 9, 40, 7, 61, 12, 33, 80]])
-QUIET = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUIET = cases(12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def qwen(folder: Path, **changes: Any) -> Path:

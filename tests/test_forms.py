@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from glmtune import chat, families, forms, tools
@@ -15,6 +15,7 @@ from glmtune.reading import DataError
 from glmtune.records import Conversation, Document, Labelled, Preference, Turn
 
 from . import tiny
+from .cases import cases
 
 Q, A = Turn("user", "q"), Turn("assistant", "a")
 
@@ -594,7 +595,7 @@ NAMES = st.text("abc_", min_size=1, max_size=4)
 VALUES = st.recursive(st.none() | st.booleans() | st.integers(-9, 9) | st.text("a'\"\n<|\\", max_size=5), st.lists, max_leaves=4)
 
 
-@settings(deadline=None, max_examples=40)
+@cases(40)
 @given(arguments=st.dictionaries(st.text("ab -", min_size=1, max_size=3), VALUES, max_size=3))
 def test_a_chatglm3_call_is_python_that_gives_the_arguments_back(arguments: dict) -> None:
     import ast

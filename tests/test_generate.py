@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -21,6 +21,7 @@ from glmtune.generate import Sampling
 from glmtune.loaded import Loaded
 
 from . import published, tiny
+from .cases import cases
 
 QUESTIONS = ["Where is the cat?", "a", "The sea and the mat, and what the user said about 42?", "你好", "Where is the answer now?"]
 
@@ -270,7 +271,7 @@ def seen(written: torch.Tensor, size: int) -> torch.Tensor:
     return torch.zeros(len(written), size, dtype=torch.bool).scatter_(1, written, True)
 
 
-@settings(max_examples=150, deadline=None)
+@cases(150)
 @given(
     st.integers(0, 10_000),
     st.integers(2, 40),

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from glmtune import oldruns, options, sources
 from glmtune.errors import UserError
 from glmtune.oldfiles import ALIASES, DEFAULTS, EFFICIENT, LLAMA_FACTORY, MARKS, NO_COUNTERPART, NOT_NEEDED, TRAINING_ARGUMENTS
 from glmtune.run import Run
+
+from .cases import cases
 
 LF: dict[str, Any] = {
     "model_name_or_path": "Qwen/Qwen2.5-0.5B-Instruct", "stage": "sft", "do_train": True, "finetuning_type": "lora", "dataset": "ours",
@@ -682,7 +684,7 @@ def foreign_files(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     return tool, tree
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@cases(80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(foreign_files(), st.sampled_from(["old.yaml", "old.json"]))
 def test_a_file_of_another_tool_is_refused_as_what_it_looks_like(file, name):
     tool, tree = file
@@ -692,7 +694,7 @@ def test_a_file_of_another_tool_is_refused_as_what_it_looks_like(file, name):
         assert tool in said
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@cases(100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.sampled_from([*sorted(TRAINING_ARGUMENTS), "stage", "dataset", "template", "lora_rank", "data_path", "strange"]),
                        st.sampled_from([1, "x", True]), max_size=6),
        st.sampled_from(["model", "base_model", "model_id_or_path", "pretrain"]))  # fmt: skip
@@ -838,7 +840,7 @@ def trainings(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     return "\n".join([*lines, text + end]), said
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@cases(12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(trainings())
 def test_nothing_that_a_script_says_is_lost(training):
     script, said = training

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -19,6 +19,7 @@ from glmtune.errors import UserError
 from glmtune.importing import import_adapter
 
 from . import tiny
+from .cases import cases
 
 IDS = torch.tensor([[11, 45, 200, 30, 31, 32, 99, 7]])
 warnings.filterwarnings("ignore", module="peft")
@@ -104,7 +105,7 @@ CONFIGS = CONFIGS.map(  # PEFT takes layers_to_transform beside a list of names 
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@cases(60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(config=CONFIGS, tied=st.booleans(), resized=st.booleans())
 def test_any_config_of_peft_computes_the_same_or_is_refused(bases, tmp_path_factory, config, tied, resized):
     base, to = bases[tied, resized], tmp_path_factory.mktemp("a")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -24,6 +24,7 @@ from glmtune.predict import fingerprint, predict
 from glmtune.run import Lora, Prefix, Source
 
 from . import tiny
+from .cases import cases
 
 GREEDY = Sampling(max_new_tokens=8)
 DRAWN = Sampling(temperature=1.3, top_p=0.95, max_new_tokens=8, seed=3, top_k=40, repetition_penalty=1.1)
@@ -208,7 +209,7 @@ def test_a_copy_of_a_model_is_the_same_model(tiny_model, loaded, tmp_path):
     )
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@cases(8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_one_number_anywhere_makes_another_model(loaded, data):
     held = dict(loaded.model.named_parameters())
@@ -284,7 +285,7 @@ def test_a_damaged_line_costs_its_own_answer_only(loaded, tmp_path, line):
     continues_with(loaded, tmp_path, lambda kept: [*kept, line], end=b"")
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@cases(8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.one_of(st.sampled_from(DAMAGED), st.integers(0, 5)), max_size=9), st.booleans())
 def test_a_part_of_any_lines_continues_with_what_is_whole(loaded, tmp_path, lines, ended):
     continues_with(loaded, tmp_path, lambda kept: [kept[i] if isinstance(i, int) else i for i in lines], b"\n" if ended else b"")

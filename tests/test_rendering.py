@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jinja2.sandbox
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from glmtune import families, rendering
@@ -15,6 +15,7 @@ from glmtune.errors import UserError
 from glmtune.rendering import clock_texts, jinja_renderer
 
 from . import tiny
+from .cases import cases
 
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
 GROW = "{{% set ns = namespace(x={start}) %}}{{% for i in range(1000) %}}{{% set ns.x = {next} %}}{{% endfor %}}{{{{ ns.x }}}}"
@@ -136,7 +137,7 @@ _expressions = st.recursive(
 )  # fmt: skip
 
 
-@settings(deadline=None)
+@cases(100)
 @given(st.lists(st.tuples(st.sampled_from(["put", "set", "if", "for"]), _expressions), min_size=1, max_size=4))
 def test_a_budget_changes_nothing(parts):
     wrapped = {

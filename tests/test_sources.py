@@ -17,7 +17,7 @@ from typing import ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from glmtune import blocks, check, cli, data, forms, hub, reading, sources
@@ -25,6 +25,7 @@ from glmtune.errors import UserError
 from glmtune.records import Conversation, Turn
 from glmtune.run import Source, load_run
 
+from .cases import cases
 from .served import served
 
 
@@ -308,7 +309,7 @@ def told_by(flow: data.Stream, run: Callable[[data.Stream], list]) -> tuple:
         return (str(error),)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@cases(60, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.lists(st.sampled_from(LINES[:3] + LINES[:1] * 12), min_size=1, max_size=12), min_size=1, max_size=3),
     st.lists(st.tuples(st.integers(0, 9), st.sampled_from(LINES)), max_size=3),

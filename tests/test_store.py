@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from glmtune import families, plan, tokenise
@@ -24,6 +24,7 @@ from glmtune.stages import Limits
 from glmtune.store import Block, Store, Writer
 
 from . import tiny
+from .cases import cases
 
 sequences = st.lists(
     st.tuples(
@@ -35,7 +36,7 @@ sequences = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@cases(40, derandomize=True)
 @given(st.lists(sequences, max_size=3))
 def test_a_store_gives_back_what_was_put_into_it(tmp_path_factory, blocks):
     folder = tmp_path_factory.mktemp("store") / "s"

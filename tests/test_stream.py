@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models
 
@@ -21,6 +21,7 @@ from glmtune.errors import UserError
 from glmtune.run import Form
 
 from . import published, tiny
+from .cases import cases
 
 ANSWERS = [
     "Paris is in France, on the Seine.", "你好，世界！", "", " ", "\n", "\n\n", "<think>\neasy\n</think>\n\n4", "<think>\n\n</think>", "</think>", "<n> <|tab|>",
@@ -120,7 +121,7 @@ def test_a_reference_answer_comes_back_from_every_family(family):
     assert "".join(streamed(family, ids)).strip() == "Paris is in France, on the Seine."
 
 
-@settings(max_examples=25, deadline=None)
+@cases(25)
 @given(st.data())
 def test_random_ids_stream_as_they_are_parsed(family, data):
     size = family.tokens.vocab_size
@@ -128,7 +129,7 @@ def test_random_ids_stream_as_they_are_parsed(family, data):
     holds_law(family, data.draw(st.lists(st.one_of(low, st.integers(0, size + 3), st.sampled_from(family.stop_ids)), max_size=30)))
 
 
-@settings(max_examples=25, deadline=None)
+@cases(25)
 @given(st.text(alphabet=st.sampled_from(list("ab \n<n>▁你é👩\ufffd\t|2kblan_")), max_size=30), st.integers(0, 9), st.booleans())
 def test_generated_texts_stream_as_they_are_parsed(family, text, seed, stops):
     ids = cuts(family.tokens, family._around[0] + text + family._around[1], seed)
@@ -136,7 +137,7 @@ def test_generated_texts_stream_as_they_are_parsed(family, text, seed, stops):
 
 
 @pytest.mark.parametrize("name", list(OWN))
-@settings(max_examples=40, deadline=None)
+@cases(40)
 @given(st.text(alphabet="\n <think/>x", max_size=16), st.integers(0, 5), st.booleans())
 def test_leads_and_gaps_of_several_tokens(tmp_path_factory, name, text, seed, stops):
     template = _own(name, tmp_path_factory.getbasetemp())
@@ -253,7 +254,7 @@ DECODERS = {
 
 
 @pytest.mark.parametrize("name", list(DECODERS))
-@settings(max_examples=80, deadline=None)
+@cases(80)
 @given(st.lists(st.integers(0, len(VOCABULARY) + 2), max_size=14))
 def test_every_decoder_gives_the_same_text_piece_by_piece(name, ids):
     tokens = _tokens(name)

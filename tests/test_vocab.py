@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import regex
 import sentencepiece
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2 as proto
 from tokenizers import Tokenizer
@@ -21,6 +21,8 @@ from tokenizers import Tokenizer
 from glmtune.chat import Tokens
 from glmtune.errors import UserError
 from glmtune.families import vocab
+
+from .cases import cases
 
 # --- the published settings ---------------------------------------------------------------------------------------------
 
@@ -142,7 +144,7 @@ PIECES = [word for line in WORDS.split("\n") for word in line.replace("<|", "<¦
 PIECES = [piece.replace("¦", "|") for piece in PIECES] + list("|ab 0\t\n\r\x00\x01\x7f\x85\xa0\u3000\u2028")
 PIECES += ["\r\n", "  ", "   ", " " * 5, " " * 81, "<|blank_2|>", "<|blank_80|>"]
 NASTY = st.lists(st.one_of(st.sampled_from(PIECES), st.characters(exclude_categories=["Cs"])), max_size=12).map("".join)
-fuzz = settings(max_examples=150, deadline=None, derandomize=True)
+fuzz = cases(150, derandomize=True)
 
 
 # --- properties against sentencepiece -----------------------------------------------------------------------------------
