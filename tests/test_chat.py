@@ -66,6 +66,7 @@ def conversations(draw: st.DrawFn, texts=text) -> list[dict]:
     return messages
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", NAMES)
 @cases(60)
 @given(messages=conversations())
@@ -79,6 +80,7 @@ def test_a_prompt_is_a_prefix_of_its_training_sequence(templates, name, messages
             assert template.prompt(messages[: end + 1]) == prompt  # a last answer is what is to be answered anew
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_long_conversation_is_cut_as_a_short_one(templates, name):
     template = templates[name]
@@ -97,6 +99,7 @@ def test_a_long_conversation_is_cut_as_a_short_one(templates, name):
     )
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", NAMES)
 @cases(60)
 @given(messages=conversations(), learn=st.sampled_from(["all", "last"]))
@@ -120,6 +123,7 @@ def test_exactly_the_answers_and_their_stop_marks_are_learned(templates, name, m
             assert said in (turn["content"], published)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", NAMES)
 @cases(60)
 @given(messages=conversations())
@@ -130,6 +134,7 @@ def test_user_text_cannot_write_a_special_token(templates, name, messages):
     assert [t for t in template.encode(messages).ids if t in special] == [t for t in template.encode(innocent).ids if t in special]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", NAMES)
 @cases(40)
 @given(messages=conversations(plain_text))
@@ -281,6 +286,7 @@ def test_a_template_that_only_copies_texts_is_known_as_one(source, copies):
     assert chat.copies_texts(source) is copies
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", NAMES)
 @cases(40)
 @given(talks=st.lists(conversations(), min_size=1, max_size=4))

@@ -565,6 +565,7 @@ def test_a_run_that_was_never_finished_says_so(glmtune, tmp_path):
 RESULT = ("adapter/adapter_config.json", "checkpoints/step-4/adapter_config.json", "checkpoints/step-8/adapter_config.json")
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -785,6 +786,7 @@ def test_ctrl_c_says_how_to_go_on(interrupted):
     assert f"glmtune train {out / 'run.yaml'} --resume" in err
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["finished.json", "run.yaml"])
 def test_killed_while_a_small_file_was_written_can_still_be_resumed(glmtune, tiny_model, rows, tmp_path, monkeypatch, name):
     """The process ends in the middle of writing it, under its temporary name; --resume with the same settings goes on."""
@@ -845,6 +847,7 @@ def refused(glmtune, place: Place, said: str, *arguments: object) -> None:
     assert files(place.folder) == before and not (place.folder / "out").exists()
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -898,6 +901,7 @@ BAD_ROWS = {
 }  # fmt: skip
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("name", BAD_ROWS)
 def test_a_bad_row_is_named(glmtune, place, name):
     lines, said = BAD_ROWS[name]
@@ -936,6 +940,7 @@ def cut(path: Path, share: float = 0.5) -> None:
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
 )
@@ -963,6 +968,7 @@ def test_half_an_index_of_shards_is_told(glmtune, place, text):
     refused(glmtune, place, "model.safetensors.index.json", "train", *GIVEN)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "header",
     [
@@ -1119,6 +1125,7 @@ def test_variables_are_filled_in_all_texts_of_a_run(tiny_model, tmp_path, monkey
     assert loaded.template.prompt(asked) == learned.ids[: len(loaded.template.prompt(asked))]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("option", ["eval.data", "samples"])
 def test_rows_that_cannot_be_used_name_their_option(glmtune, tiny_model, rows, tmp_path, option):
     cases = {

@@ -122,6 +122,7 @@ def test_a_chat_whose_history_is_context_is_one_row(tmp_path):
     assert made.examples.sequences_of([1]) == [[3, 4, 5]]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_under_every_policy_a_row_of_several_sequences_is_whole_or_left_out(tmp_path, policy):
     published.FAMILIES["chatglm2-6b"](tmp_path / "m")
@@ -213,6 +214,7 @@ print(json.dumps([example.columns for example in Store.open(Path(sys.argv[1]))])
 """
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("stage", ROWS)
 def test_labels_references_and_other_keys_come_back_in_another_process(tiny_model, tmp_path, monkeypatch, stage):
     monkeypatch.setenv("GLMTUNE_CACHE", str(tmp_path / "cache"))
@@ -310,6 +312,7 @@ def same(one: tuple[Any, Any], two: tuple[Any, Any]) -> None:
         torch.testing.assert_close(gradients2[name], tensor, rtol=2e-4, atol=2e-6)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("path", ["fused", "modules"])
 def test_the_cut_into_micro_batches_changes_no_gradient(twofold, tiny_model, rows_file, tmp_path, monkeypatch, path):
     """1 x 8 rows = 4 x 2 = 2 + 6, of a stage with two denominators."""
@@ -357,6 +360,7 @@ class Thread(World):
             parameter.grad = total
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("count", [8, 2])  # fewer rows than processes: one computes fillers only
 def test_ranks_that_share_a_step_have_the_gradient_of_one(twofold, tiny_model, rows_file, tmp_path, size, count):
@@ -420,6 +424,7 @@ def test_a_term_named_like_a_column_of_the_log_is_refused(twofold, tiny_model, r
         train(options(tiny_model, rows_file, tmp_path / "out", "optim.steps=1"))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("more", [[], ["method.dora=true"], ["method=full"]], ids=["fused", "modules", "full"])
 def test_logps_are_those_of_plain_transformers_and_pass_gradients(tiny_model, rows_file, tmp_path, more):
     """[N] log-probabilities on every path, and the gradient of any function of them."""

@@ -64,6 +64,7 @@ ROWS: dict[str, dict] = {
 NOT_ALPACA = ("messages", "tools", "text and call")
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("to", ["messages", "sharegpt", "alpaca"])
 @pytest.mark.parametrize("name", ROWS)
 def test_a_row_in_another_form_is_the_same_record(name: str, to: str) -> None:
@@ -143,6 +144,7 @@ def test_what_has_no_place_is_an_error_and_nothing_is_written() -> None:
         convert.convert(["in.jsonl"], "messages", "out.jsonl")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("to", ["messages", "sharegpt"])
 @pytest.mark.parametrize(
     "name",

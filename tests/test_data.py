@@ -231,6 +231,7 @@ def test_variables_fill_tool_calls_and_schemas() -> None:
     assert found[1].extra == {"tool_calls": [{"name": "w", "arguments": {"of": ["Nova", 1]}}]}
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("depth", [250, 600, 950, 970, 985, 1000, 3000])
 @pytest.mark.parametrize("opening", ["[", '{"a":'])
 def test_no_depth_of_nesting_is_more_than_a_bad_row(depth: int, opening: str) -> None:

@@ -220,6 +220,7 @@ def test_every_yaml_block_is_accepted(page, tmp_path):
             load_run(tmp_path / "run.yaml", model="m", data="train.json", out="o")
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("page", ENGLISH, ids=ids)
 def test_every_row_is_read(page, tmp_path):
     found = blocks(page)

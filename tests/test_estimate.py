@@ -91,6 +91,7 @@ def places(tmp_path_factory) -> tuple[Path, Path]:
     return tiny.llama(folder / "model"), tiny.write_rows(folder / "rows.jsonl", tiny.rows(4))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "options",
     [

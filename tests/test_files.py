@@ -215,6 +215,7 @@ def disturbed(command: str, place: Path, folder: Path, capsys, monkeypatch, undi
     assert results(there) == undisturbed[command]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("size", tiny.slow_but([3000], [0, 10, 400, 3000, 20_000, 60_000, 150_000]))
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_limit_on_the_size_of_files(command, size, place, tmp_path, capsys, monkeypatch, undisturbed):
@@ -235,6 +236,7 @@ def filled(folder: Path) -> Iterator[None]:
         file.unlink()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("command", tiny.slow_but(["fix", "convert", "tokenize", "mix"], COMMANDS))
 def test_a_full_disk(command, place, tmp_path, capsys, monkeypatch, undisturbed):
     disk = tmp_path / "work"

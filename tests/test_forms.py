@@ -359,6 +359,7 @@ def test_a_call_may_have_no_arguments(more: dict) -> None:
         assert read(calling(call))[0].turns[1].extra["tool_calls"] == [{"name": "w", "arguments": {}}]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("name", "want"),
     [
@@ -476,6 +477,7 @@ def replaced(turn: Turn) -> Turn:
     return Turn(turn.role, text, extra=extra)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", SUPPORTS)
 def test_tools_under_every_kind_of_chat_format(name: str, templates: dict[str, chat.Template]) -> None:
     if name not in templates:
@@ -582,6 +584,7 @@ def test_chatglm3_and_glm4_are_written_in_their_published_pieces(templates: dict
     )
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["chatml", "chatglm3", "glm4", "qwen"])
 def test_real_tool_calls_obey_the_laws(name: str, shared: Path, templates: dict[str, chat.Template]) -> None:
     rows = json.loads((shared / "data" / "toolcall_en.json").read_text())

@@ -80,6 +80,7 @@ def scripted(template: Any, tokens: list[int], question: str = "x") -> Loaded:
 # --- the cache and the padding change nothing ----------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("question", QUESTIONS[:3])
 def test_cached_decoding_is_argmax_over_full_forwards(loaded, question):
     prompt = loaded.template.prompt(ask(question))
@@ -293,6 +294,7 @@ def test_top_k_and_repetition_penalty_are_those_of_transformers(seed, size, temp
     assert torch.equal(made > 0, wanted > 0) or temperature < 0.5  # there fp32 loses the smallest
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "how", [{"do_sample": False, "repetition_penalty": 1.3}, {"do_sample": True, "top_k": 1, "repetition_penalty": 1.7}]
 )
@@ -357,6 +359,7 @@ def test_a_published_temperature_of_zero_is_greedy(tiny_model, tmp_path):
     assert model.chat("Where?", max_new_tokens=16) == model.chat("Where?", temperature=0, max_new_tokens=16)
 
 
+@pytest.mark.few(16)
 @pytest.mark.parametrize("name", ["temperature", "top_p", "top_k", "repetition_penalty", "do_sample"])
 @pytest.mark.parametrize(
     "value", ["x", "0.5", True, [], {}, -1, float("nan"), float("inf"), 10**400, -(10**400)], ids=lambda value: repr(value)[:8]
@@ -437,6 +440,7 @@ def broken(folder: Path, tiny_model: Path, value: float) -> Path:
     return folder
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("temperature", ["0", "0.7"])
 def test_numbers_that_are_not_finite_are_told(tiny_model, tmp_path, capsys, value, temperature):

@@ -147,12 +147,14 @@ def same_tensors(model: Any, path: Path, outtype: str) -> None:
             assert torch.equal(found, tensor.to(cast).float()), name
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("outtype", gguf.OUTTYPES)
 def test_weights_come_back(tiny_model: Path, tmp_path: Path, outtype: str):
     path = export(tiny_model, tmp_path / "x.gguf", outtype=outtype)
     same_tensors(families.load_model(tiny_model, dtype="fp32", device="cpu"), path, outtype)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["internlm-chat-7b", "internlm2-chat-7b", "baichuan2-7b-chat", "qwen2.5", "qwen3"])
 def test_weights_of_published_families_come_back(made, name: str, tmp_path: Path):
     path = export(made(name), tmp_path / "x.gguf", outtype="f32")

@@ -130,6 +130,7 @@ def test_a_file_imports_only_from_those_above_it(name):
 LIGHT = ["glmtune", "glmtune.cli", "glmtune.run", "glmtune.data", "glmtune.chat", "glmtune.plan", "glmtune.check"]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", LIGHT)
 def test_light_modules_pull_nothing_heavy(name):
     code = (

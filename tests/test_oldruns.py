@@ -188,6 +188,7 @@ EMPTY = ("learning_rate", "lora_rank", "per_device_train_batch_size", "gradient_
          "finetuning_type", "lr_scheduler_type", "save_steps", "dataset_dir")  # fmt: skip
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("name", EMPTY)
 @pytest.mark.parametrize("value", [None, "", " none", []])
 def test_empty_means_the_old_tools_default(name, value):
@@ -475,6 +476,7 @@ def test_several_commands_in_one_file():
     )
 
 
+@pytest.mark.few(15)
 @pytest.mark.parametrize(
     "old, said",
     [

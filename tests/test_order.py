@@ -174,6 +174,7 @@ def test_rankings_are_pairs_of_their_first_two_whatever_row_stands_first() -> No
     assert "1 rows have more than two answers, the best first: the first two are written" in said
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "more",
     [
@@ -218,6 +219,7 @@ def test_a_mark_alone_is_text() -> None:
     )
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(
     "part",
     [
@@ -310,6 +312,7 @@ TABLES: dict[str, tuple[Any, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize("kind", ["alpaca", "messages", "pair", "ranking", "own keys"])
 def test_a_file_that_is_no_list_of_rows_is_named_as_what_it_is(name: str, kind: str) -> None:

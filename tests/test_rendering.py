@@ -71,6 +71,7 @@ ENDLESS = {
 }  # fmt: skip
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("name", ENDLESS)
 def test_a_template_without_end_is_an_error_that_names_it(name):
     with pytest.raises(UserError, match="chat template does not come to an end"):
@@ -84,6 +85,7 @@ def test_values_nested_without_end_are_no_crash():
             jinja_renderer(source, {})(TURNS)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("source", [
     "{% for %}", "{{ ", "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "{% for a in [1] %}" * 25 + "{% endfor %}" * 25, "{{ " + "9" * 5000 + " }}",
     "{{ " + " + ".join(["a"] * 20_000) + " }}", "x" * 600_000, "{{ 1 | no_filter }}", "{% include 'x' %}",
@@ -321,6 +323,7 @@ def test_tokenised_rows_keep_their_date(tmp_path, monkeypatch):
         tokenised(wanted(tmp_path / "tokens", "date=2026-03-02"))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("command", ["chat", "show", "train", "data check", "predict", "export"])
 def test_every_command_refuses_a_template_without_end(command, tmp_path, capsys):
     from glmtune import cli

@@ -195,6 +195,7 @@ LINES = {
 }  # fmt: skip
 
 
+@pytest.mark.few(16)
 @pytest.mark.parametrize("name", LINES)
 def test_a_run_file_that_cannot_be_meant_is_told_in_short_lines(name, tmp_path):
     (tmp_path / "run.yaml").write_text(HEAD + LINES[name][0])

@@ -230,6 +230,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("block", [300, 1000])
 def test_where_a_block_ends_changes_nothing(layout: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -469,6 +470,7 @@ def test_a_registry_may_stand_elsewhere_and_its_paths_are_its_own() -> None:
     assert data.files_of(found[0]) == found[0].files and sources.find(found) == found
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -496,6 +498,7 @@ def test_a_wrong_registry_is_told_by_name(text: str, said: str) -> None:
     assert said in error("a") and error("a").count("\n") < 3
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
@@ -713,6 +716,7 @@ def a_hub(monkeypatch, tmp_path, endpoint):
     return Hub
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("scheme", ["", "hf:", "modelscope:"])
 def test_a_data_set_of_a_hub_is_fetched_once_and_only_its_data(a_hub, scheme) -> None:
     loaded = load(f"{scheme}a/b")

@@ -127,6 +127,7 @@ FILES: dict[str, tuple[list[list[str]], dict[str, Any]]] = {  # lines of every f
 QUICK = ("rows of several answers", "columns that come late")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FILES])
 def test_all_that_is_told_of_rows_is_the_same_whatever_the_number_of_processes(wanted, cache, tmp_path, monkeypatch, name):
     files, options = FILES[name]
@@ -198,6 +199,7 @@ def changed_file(wanted: Any) -> None:
     wanted.rows.write_text(text.replace("mat", "rug", 1))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "change",
     [
@@ -221,6 +223,7 @@ def test_anything_that_sequences_follow_from_makes_them_anew(wanted, cache, chan
     assert second.folder != first.folder
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("how", ["cut", "byte", "index", "gone", "empty"])
 def test_a_damaged_store_is_made_anew(wanted, cache, how):
     good = tokenise.tokenised(wanted(), keep=True)

@@ -111,6 +111,7 @@ def family(request, tmp_path_factory) -> Template:
     return families.load_tokenizer(published.FAMILIES[request.param](folder))[1]
 
 
+@pytest.mark.few(3)
 def test_every_family_streams_what_parse_says(family):
     all_laws(family, seed=1)
 
@@ -121,6 +122,7 @@ def test_a_reference_answer_comes_back_from_every_family(family):
     assert "".join(streamed(family, ids)).strip() == "Paris is in France, on the Seine."
 
 
+@pytest.mark.few(3)
 @cases(25)
 @given(st.data())
 def test_random_ids_stream_as_they_are_parsed(family, data):
@@ -129,6 +131,7 @@ def test_random_ids_stream_as_they_are_parsed(family, data):
     holds_law(family, data.draw(st.lists(st.one_of(low, st.integers(0, size + 3), st.sampled_from(family.stop_ids)), max_size=30)))
 
 
+@pytest.mark.few(3)
 @cases(25)
 @given(st.text(alphabet=st.sampled_from(list("ab \n<n>▁你é👩\ufffd\t|2kblan_")), max_size=30), st.integers(0, 9), st.booleans())
 def test_generated_texts_stream_as_they_are_parsed(family, text, seed, stops):
@@ -253,6 +256,7 @@ DECODERS = {
 }  # fmt: skip
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("name", list(DECODERS))
 @cases(80)
 @given(st.lists(st.integers(0, len(VOCABULARY) + 2), max_size=14))

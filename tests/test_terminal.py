@@ -146,6 +146,7 @@ LINES = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", LINES)
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
 def test_a_line_that_is_no_text_is_refused_and_the_next_is_answered(name, errors, tiny_model, tmp_path, monkeypatch, capsys):

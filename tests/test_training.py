@@ -90,6 +90,7 @@ def test_the_loss_is_the_sum_over_learned_tokens_of_the_step(tiny_model, rows_fi
     assert log(tmp_path / "a")[0]["learned_tokens"] == count
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_cut_into_micro_batches_changes_nothing(tiny_model, rows_file, tmp_path, method):
     more = [f"method={method}", "optim.steps=3", *(["method.dropout=0.3"] if method == "lora" else [])]
@@ -100,6 +101,7 @@ def test_the_cut_into_micro_batches_changes_nothing(tiny_model, rows_file, tmp_p
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "more",
     tiny.slow_but(
@@ -176,6 +178,7 @@ def test_a_damaged_checkpoint_is_passed_over(tiny_model, rows_file, tmp_path):
     assert not list((tmp_path / "a" / "checkpoints").glob(".part*"))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "change",
     tiny.slow_but(
@@ -200,6 +203,7 @@ def test_a_checkpoint_that_makes_no_sense_is_passed_over(tiny_model, rows_file, 
     assert next(path.name for path, _ in runfolder.checkpoints(tmp_path / "a")) == "step-4"
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
@@ -427,6 +431,7 @@ def test_the_adapter_holds_every_trainable_tensor(tiny_model, rows_file, tmp_pat
     assert any(t.abs().max() > 0 for n, t in tensors.items() if "lora_B" in n)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     "line",
     [
@@ -458,6 +463,7 @@ def test_a_damaged_line_of_the_log_goes(tmp_path, line, where):
     assert log(tmp_path) == good[:2]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["step-²", "step-", "step--1", "step-٣", "step-1.5", "step-9" * 20, "step-x"])
 def test_other_folders_among_the_checkpoints_are_passed_over(tiny_model, rows_file, tmp_path, name):
     go(tiny_model, rows_file, tmp_path / "a", "optim.steps=2", "save.every_steps=1")

@@ -150,6 +150,7 @@ fuzz = cases(150, derandomize=True)
 # --- properties against sentencepiece -----------------------------------------------------------------------------------
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_are_those_of_sentencepiece(kind: str, pairs):
     ours, theirs = pairs[kind]
@@ -182,6 +183,7 @@ def test_typed_look_alikes_are_plain_text(kind: str, pairs):
                 assert theirs.IsByte(id) or id not in raw(ours, text)  # the 8 of <0x38> may itself be that byte
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["bpe", "bpe without dummy prefix"])
 def test_text_comes_back(kind: str, pairs):
     ours, _ = pairs[kind]
@@ -269,6 +271,7 @@ def cleaned(text: str) -> str:
     return re.sub(r" (\.|\?|!|,|n't|'m|'s|'ve|'re)", r"\1", text)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_goldens(name: str, published, shared):
     tokens = published[name]
@@ -291,6 +294,7 @@ def rows(shared: Path) -> list[str]:
     return [row["instruction"] + "\n" + row["output"] for row in english[:500] + chinese[:500]]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["chatglm1", "chatglm2"])
 def test_published_ids_of_real_and_of_nasty_text(name: str, published, shared):
     tokens, first = published[name], name == "chatglm1"
