@@ -1,3 +1,4 @@
+import gc
 import os
 import random
 import signal
@@ -13,6 +14,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models; the suite runs on 
 import glmtune  # noqa: F401  (sets how threads wait, before torch is loaded)
 
 from . import cases, tiny
+
+gc.disable()  # until all files are read: there is no garbage yet
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # torch, transformers and the tests: millions of objects that stay, and need not be looked at again
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -374,7 +374,7 @@ def test_an_adapter_of_another_family_is_refused(models, tmp_path):
 # --- export back ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "options", [{}, {"share_a": True}, {"rslora": True}, {"dora": True}], ids=["own A", "share_a", "rslora", "dora"]
 )

@@ -200,7 +200,7 @@ def test_published_prefix_gradients(golden, kind, checkpointing):
     assert (got - wanted).norm() <= 1e-4 * wanted.norm()
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [0, 1])
 def test_published_prefix_generation(golden, kind):
     ids, mask = golden.tensors["gen3_leftpad.input_ids"], plain_mask(golden, "gen3_leftpad")

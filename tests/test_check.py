@@ -298,7 +298,7 @@ REAL = {  # every one looked at: each is really cut, doubled or damaged in the p
 }
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", REAL)
 def test_the_real_files_have_no_errors_and_no_false_alarms(name: str, shared: Path) -> None:
     found = check.check([shared / "data" / name])
@@ -368,7 +368,7 @@ def test_every_odd_text_is_found_at_its_line_with_its_kind(layout: str) -> None:
     hold_to_the_truth(clean(80), layout, damage.ODD)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "layout"), in_turn(["alpaca_en.json", "alpaca_zh.json", "gsm8k_train.jsonl", "kto_en.json"]))
 def test_every_kind_of_damage_is_found_in_copies_of_real_files(name: str, layout: str, shared: Path) -> None:
     rows = [{key: row[key] for key in row if key != "label"} for row in published_rows(shared / "data" / name)]
@@ -380,7 +380,7 @@ def test_every_kind_of_damage_is_found_in_copies_of_real_files(name: str, layout
     hold_to_the_truth(rows[:80], layout, damage.ODD)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "layout"), in_turn(["dpo_en.json", "dpo_zh.json", "kto_en.json", "toolcall_en.json", "toolcall_zh.json", "c4.jsonl"])
 )
@@ -405,7 +405,7 @@ PAIRS: dict[str, damage.Damage] = {
 }
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "layout"), in_turn(["dpo_en.json", "dpo_zh.json"]))
 def test_damage_of_preference_rows_is_found_in_copies_of_real_files(name: str, layout: str, shared: Path) -> None:
     hold_to_the_truth(published_rows(shared / "data" / name)[:40], layout, PAIRS)

@@ -8,6 +8,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import unicodedata
 from collections import namedtuple
@@ -235,6 +236,7 @@ MODELS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_show_is_right_on_real_data(glmtune, tiny_model, shared, name):
     model = tiny_model if name == "tiny" else name
@@ -359,6 +361,7 @@ def test_predict_names_a_question_that_is_too_long_before_it_starts(glmtune, tin
     assert not (tmp_path / "p.jsonl.part").exists()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -519,6 +522,7 @@ def test_a_run_a_checkpoint_and_model_with_adapter_are_the_same_model(glmtune, t
     assert say(tiny_model, "--system", SYSTEM) != run
 
 
+@pytest.mark.slow
 def test_the_runs_system_prompt_is_the_default(glmtune, trained, tmp_path):
     ended = glmtune("chat", trained, "--temperature", 0, *SHORT, stdin="/system\n")
     assert f"(system: {SYSTEM})" in ended.out
@@ -532,6 +536,7 @@ def test_the_runs_system_prompt_is_the_default(glmtune, trained, tmp_path):
         assert visible(read(tmp_path / name)[0]["prediction"]) + "\n" == expected
 
 
+@pytest.mark.slow
 def test_a_run_works_after_it_and_its_working_folder_were_moved(glmtune, tiny_model, rows, tmp_path, monkeypatch):
     import shutil
 
@@ -773,6 +778,23 @@ def interrupted(tiny_model, rows, tmp_path_factory) -> tuple[Path, int, str]:
     return out, process.returncode, err
 
 
+def test_ctrl_c_is_130(glmtune, tiny_model, rows, tmp_path):
+    out, over = tmp_path / "a", threading.Event()
+
+    def press() -> None:
+        while not over.wait(0.005):
+            if (out / "log.jsonl").is_file() and (out / "log.jsonl").read_bytes().count(b"\n") > 2:
+                return os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press).start()
+    given = [f"model={tiny_model}", f"data={rows}", f"out={out}", "optim.steps=3000", "optim.batch_size=2", "samples=[]"]
+    ended = glmtune("train", *given, "save.every_steps=3000")
+    over.set()
+    assert ended.code == 130 and f"glmtune train {out / 'run.yaml'} --resume" in ended.err
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{len(read(out / 'log.jsonl'))}"]
+
+
+@pytest.mark.slow
 def test_ctrl_c_is_130_after_a_checkpoint(interrupted, glmtune):
     out, code, err = interrupted
     assert code == 130 and "Traceback" not in err
@@ -781,6 +803,7 @@ def test_ctrl_c_is_130_after_a_checkpoint(interrupted, glmtune):
     assert glmtune("chat", out, "--prompt", "Where?", *SHORT).code == 0  # what is there can be used
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(interrupted):
     out, _, err = interrupted
     assert f"glmtune train {out / 'run.yaml'} --resume" in err
@@ -1053,6 +1076,7 @@ def test_a_temperature_that_is_no_number_is_refused(glmtune, place):
     refused(glmtune, place, "temperature", "chat", "model", "--prompt", "x", "--temperature", "nan")
 
 
+@pytest.mark.slow
 def test_a_wrong_run_is_refused_in_three_seconds(place):
     """As a process, with everything that has to be imported; the model is not loaded. Processor time, so that load does not count."""
     place.rows(*BAD_ROWS["empty answer"][0])

@@ -145,11 +145,7 @@ def write_named(page: Path) -> None:
 # --- what the pages promise --------------------------------------------------------------------------------------------------
 
 
-# migrating.md has over fifty commands; the fast suite imports its run files only, below
-LONG = [pytest.param(page, marks=pytest.mark.slow) if page.name == "migrating.md" else page for page in ENGLISH]
-
-
-@pytest.mark.parametrize("page", LONG, ids=ids)
+@pytest.mark.parametrize("page", tiny.slow_but([ROOT / "docs/run-files.md"], ENGLISH), ids=ids)
 def test_every_command_works(page, place, monkeypatch, capsys):
     write_named(page)
     found = steps(page)

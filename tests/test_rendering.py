@@ -71,7 +71,7 @@ ENDLESS = {
 }  # fmt: skip
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", ENDLESS)
 def test_a_template_without_end_is_an_error_that_names_it(name):
     with pytest.raises(UserError, match="chat template does not come to an end"):
@@ -210,6 +210,7 @@ def test_what_the_clock_writes_is_known(source, texts):
     assert clock_texts(source, NOW) == texts
 
 
+@cases(100)
 @given(
     st.text("%YmdHMSjab -", max_size=8), st.datetimes(datetime.datetime(2000, 1, 1)), st.datetimes(datetime.datetime(2000, 1, 1))
 )

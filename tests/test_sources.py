@@ -81,9 +81,9 @@ def test_a_damaged_gzip_file_is_told() -> None:
     packed = gzip.compress(b"".join(hashlib.sha256(b"%d" % i).hexdigest().encode() for i in range(2_000)))
     assert "a.gz:1: this is a binary file (gzip) that cannot be unpacked: it ends too early" in error(write("a.gz", packed[:100]))
     whole = gzip.compress(
-        b"".join(lines([{"instruction": str(i), "output": hashlib.sha256(b"%d" % i).hexdigest()}]) for i in range(12_000))
+        b"".join(lines([{"instruction": str(i), "output": hashlib.sha256(b"%d" % i).hexdigest()}]) for i in range(2_000))
     )
-    assert re.search(r"a.gz:\d{5}: .*it ends too early", error(write("a.gz", whole[:-1000])))
+    assert re.search(r"a.gz:\d{4}: .*it ends too early", error(write("a.gz", whole[:-1000])))
 
 
 def test_a_gzip_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +271,7 @@ print(count, re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory of this process alone: Linux")
 def test_memory_does_not_grow_with_the_file() -> None:
     peaks = []
-    for count in (10_000, 70_000):
+    for count in (2_000, 20_000):
         write("a.json", b"[" + b",".join([json.dumps({"instruction": "question", "output": "x" * 60}).encode()] * count) + b"]")
         ended = subprocess.run([sys.executable, "-c", MEASURE, "a.json"], capture_output=True, text=True, check=True)
         rows_read, peak = map(int, ended.stdout.split())

@@ -266,6 +266,7 @@ def child(wanted: Any, model: Path, pause: float) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_it_writes_leaves_nothing_that_is_used(wanted, cache, tiny_model):
     process = child(wanted, tiny_model, 0.2)
     assert process.stdout is not None

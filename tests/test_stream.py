@@ -111,7 +111,7 @@ def family(request, tmp_path_factory) -> Template:
     return families.load_tokenizer(published.FAMILIES[request.param](folder))[1]
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 def test_every_family_streams_what_parse_says(family):
     all_laws(family, seed=1)
 

@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given
 from hypothesis import strategies as st
 
 import glmtune
 from glmtune import cli, screen, terminal
 
 from . import tiny
+from .cases import cases
 
 ROOT = Path(glmtune.__file__).parent
 # Written here by their numbers, apart from the program's own list: C0, DEL, C1, separators, what turns text, halves of pairs.
@@ -31,6 +32,7 @@ def steers(shown: str) -> list[str]:
     return [hex(ord(letter)) for letter in shown if ord(letter) in STEERING]
 
 
+@cases(100)
 @given(st.text(st.characters(), max_size=20))
 def test_visible_hides_nothing_and_changes_nothing_twice(text):
     shown = terminal.visible(text)
@@ -42,11 +44,8 @@ def test_visible_hides_nothing_and_changes_nothing_twice(text):
 EACH = "".join(chr(code) for code in STEERING if code < 0xD800)
 
 
-@settings(
-    deadline=None,
-    max_examples=15,
-    phases=[Phase.explicit, Phase.generate],
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+@cases(
+    15, phases=[Phase.explicit, Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @pytest.mark.slow
 @given(text=nasty)
@@ -121,7 +120,7 @@ def test_all_that_is_written_goes_through_the_door():
             for name in node.names
         }
         for node in ast.walk(tree):
-            if not isinstance(node, ast.Call):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name | ast.Attribute):
                 continue
             called = ast.unparse(node.func)
             assert called != "print" or "print" in imported, f"{path.name}:{node.lineno}"

@@ -158,6 +158,7 @@ def log_lines(out: Path) -> list[str]:
     return (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over(tiny_model, rows_file, tmp_path):
     more = ["optim.steps=6", "save.every_steps=2", "save.keep=3"]
     go(tiny_model, rows_file, tmp_path / "a", *more)

@@ -391,6 +391,7 @@ def test_a_step_without_room_is_done_again_in_smaller_parts(
     assert all(torch.equal(made[0][key], other[key]) for other in made[1:] for key in made[0])
 
 
+@pytest.mark.slow
 def test_an_evaluation_without_room_is_done_again_in_smaller_parts(
     tiny_model: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -416,7 +417,7 @@ def test_a_row_that_has_no_room_alone_is_an_error_for_people(
 SAVED = {"prefix": RUNS["prefix, projection"], "freeze": RUNS["freeze"], "full": ["method=full"]}
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SAVED)
 def test_no_room_while_saving_keeps_the_last_good_checkpoint(
     kind: str, tiny_model: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -531,7 +532,7 @@ def test_a_model_published_packed_is_trained_and_used_so(bits: int, rows_file: P
         assert isinstance(packed.chat("Where is the cat?", max_new_tokens=2), str)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     tiny.slow_but(
@@ -566,7 +567,7 @@ def test_a_run_goes_on_from_an_adapter(tiny_model: Path, rows_file: Path, tmp_pa
         train(started(tiny_model, rows_file, tmp_path / "third", ["method=prefix", f"method.start={tmp_path / 'first'}"]))
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "prefix"])
 def test_a_run_that_goes_on_from_an_adapter_is_resumed_by_its_run_file(
     kind: str, tiny_model: Path, rows_file: Path, tmp_path: Path
@@ -584,6 +585,7 @@ def test_a_run_that_goes_on_from_an_adapter_is_resumed_by_its_run_file(
     assert all(torch.equal(straight[key], again[key]) for key in straight)
 
 
+@pytest.mark.slow
 def test_going_on_keeps_the_function_of_any_adapter_of_peft(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
     """Patterns that overlap (the first counts), regular expressions, layers named by number."""
     from peft import LoraConfig, PrefixTuningConfig, get_peft_model
@@ -609,7 +611,7 @@ def test_going_on_keeps_the_function_of_any_adapter_of_peft(tiny_model: Path, ro
         torch.testing.assert_close(logits(after), logits(before), rtol=0, atol=1e-5)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_freeze_trains_the_head_too(tied: bool, rows_file: Path, tmp_path: Path) -> None:
     base = tiny.llama(tmp_path / "base", tie_word_embeddings=tied)

@@ -5,7 +5,8 @@ import io
 import json
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from glmtune.chat import Tokens
 from glmtune.errors import UserError
 from glmtune.families import vocab
 
+from . import tiny
 from .cases import cases
 
 # --- the published settings ---------------------------------------------------------------------------------------------
@@ -259,11 +261,12 @@ def test_special_tokens_inside_behind_and_instead_of_pieces(small):
 
 
 @pytest.fixture(scope="session")
-def published(shared: Path) -> dict[str, Tokens]:
-    return {
-        name: Tokens(build(shared / "tokenizers" / name / file, **options), {"apart": True})
-        for name, (file, build, options) in PUBLISHED.items()
-    }
+def published(shared: Path) -> Mapping[str, Tokens]:
+    def opened(name: str) -> Tokens:
+        file, build, options = PUBLISHED[name]
+        return Tokens(build(shared / "tokenizers" / name / file, **options), {"apart": True})
+
+    return tiny.Lazy({name: partial(opened, name) for name in PUBLISHED})
 
 
 def cleaned(text: str) -> str:
@@ -325,6 +328,7 @@ def test_float32_sums_decide_a_near_tie(published, shared):
     assert published["chatglm1"].decode(ours) == unmarked(theirs.DecodeIds(theirs.EncodeAsIds(marked(far))))
 
 
+@pytest.mark.slow
 def test_early_chatglm_stands_behind_the_image_tokens(published, shared):
     early = Tokens(
         vocab.from_sentencepiece(shared / "tokenizers" / "chatglm1" / "ice_text.model", **EARLY_CHATGLM1), {"apart": True}
@@ -363,6 +367,7 @@ def tiktoken(ranks: dict[bytes, int], pattern: str) -> Callable[[str], list[int]
     return encode
 
 
+@pytest.mark.slow
 def test_glm4_ids_are_those_of_tiktoken(published, shared, glm4_ids):
     tokens = published["glm4"]
 
