@@ -128,7 +128,7 @@ def _png(name: str, log: list[dict]) -> bytes:
     else:
         axes.text(0.5, 0.5, "no steps yet", ha="center", transform=axes.transAxes, fontsize=14)
     # The font that comes with matplotlib has no Chinese, and `$` would start a formula.
-    axes.set_title(f"Loss: {name}" if name.isascii() else "Loss", y=1.0, fontsize=14, parse_math=False)
+    axes.set_title(f"Loss: {name}" if name.isascii() else "Loss", fontsize=14, parse_math=False)
     axes.set_xlabel("step", fontsize=12)
     axes.tick_params(labelsize=12)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -1,6 +1,7 @@
 import gc
 import os
 import random
+import shutil
 import signal
 import time
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models; the suite runs on 
 import glmtune  # noqa: F401  (sets how threads wait, before torch is loaded)
 
 from . import cases, tiny
+
+MEMORY = Path("/dev/shm")  # files in memory, on Linux
 
 gc.disable()  # until all files are read: there is no garbage yet
 
@@ -80,6 +83,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "few(count): of the cases of this test, all but so many are slow")
     config.pluginmanager.register(_Few())
     cases.QUICK = "not slow" in config.option.markexpr
+    if cases.QUICK and MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4e9:  # thousands of small files, fsynced and deleted
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
     if config.option.budget is None:
         return
     told = getattr(config, "workerinput", {"end": time.time() + config.option.budget, "order": config.option.order})

@@ -167,7 +167,7 @@ def test_an_adapter_of_the_published_layout_gives_the_published_logits_and_comes
     assert set(config["target_modules"]) == set(before["target_modules"]) and set(config) <= set(before)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("family", GOLDENS[:3])
 def test_a_published_prefix_gives_the_published_logits_and_comes_back_bit_for_bit(shared, tmp_path, family, number):
@@ -188,7 +188,7 @@ def test_a_published_prefix_gives_the_published_logits_and_comes_back_bit_for_bi
 # --- import ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_an_imported_adapter_computes_what_it_computed_on_the_published_weights(models, name, dora, tmp_path):
     old = old_adapter(tmp_path / "old", models[name], FUSED[name], dora=dora, use_rslora=dora)
@@ -333,7 +333,7 @@ def _break(old: Path, how: str) -> None:
         torch.save({"transformer.encoder.layers.1.mlp.dense_h_to_4h.weight": torch.ones(4, 4)}, file)
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(5)
 @pytest.mark.parametrize(
     ("how", "told"),
     {
@@ -557,6 +557,7 @@ def test_the_saved_folder_asks_as_the_form_does(models, project, tmp_path):
     assert PROMPTS[project] in (tmp_path / "new" / "README.md").read_text()
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("sign", "project"),
     [
@@ -651,7 +652,7 @@ def with_peft(tiny_model, tmp_path_factory) -> tuple[Any, Path, Path]:
     return model, a, b
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("how", "theirs", "more"),
     [
@@ -790,6 +791,7 @@ def wide(glm2) -> int:
     return families.prefix_parameters(glm2, 1, False)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("kind", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("form", ["published", "ours", "PEFT's", "a lone file"])
 def test_a_prefix_that_is_not_finite_is_refused_by_its_tensors_name(glm2, wide, tmp_path, capsys, kind, form):

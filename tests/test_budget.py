@@ -34,7 +34,7 @@ def run(path, budget, order) -> int:
     return pytest.main([*options, str(path), "--budget", str(budget), "--order", str(order)], plugins=[conftest])
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("tests", "budget", "code", "ran", "left_out"),
     [

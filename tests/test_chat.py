@@ -80,7 +80,7 @@ def test_a_prompt_is_a_prefix_of_its_training_sequence(templates, name, messages
             assert template.prompt(messages[: end + 1]) == prompt  # a last answer is what is to be answered anew
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_long_conversation_is_cut_as_a_short_one(templates, name):
     template = templates[name]

@@ -370,6 +370,7 @@ def test_cached_equals_uncached(two, kind, steps):
         done = end
 
 
+@pytest.mark.slow
 def test_generating_in_a_padded_batch_equals_generating_alone():
     model = lively()
     model.generation_config.eos_token_id = None

@@ -47,7 +47,7 @@ def in_turn(names: Iterable[str]) -> list[Any]:
     ]
 
 
-@pytest.mark.few(24)
+@pytest.mark.few(12)
 @pytest.mark.parametrize(("name", "layout"), in_turn(damage.ALL))
 def test_damage_is_found_at_its_line_and_nothing_else_is(name: str, layout: str) -> None:
     file, line = spoil(name, layout)

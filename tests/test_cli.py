@@ -110,6 +110,7 @@ def test_help_loads_nothing_heavy_and_names_every_command():
     assert all(f" {name} " in done.stdout for name in ("train", "show", "predict", "chat", "doctor", "options", "data"))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["train", "show", "predict", "chat", "doctor", "options", "data check"])
 def test_every_command_has_help_with_an_example(glmtune, name):
     ended = glmtune(*name.split(), "--help")
@@ -870,7 +871,7 @@ def refused(glmtune, place: Place, said: str, *arguments: object) -> None:
     assert files(place.folder) == before and not (place.folder / "out").exists()
 
 
-@pytest.mark.few(12)
+@pytest.mark.few(8)
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -1086,6 +1087,7 @@ def test_a_wrong_run_is_refused_in_three_seconds(place):
     assert after.children_user + after.children_system - before.children_user - before.children_system < 3
 
 
+@pytest.mark.slow
 def test_predict_joins_instruction_and_input_as_it_was_trained(glmtune, tiny_model, tmp_path):
     data = tiny.write_rows(tmp_path / "rows.jsonl", [{"instruction": "the cat", "input": "the sea", "output": "a mat"}] * 4)
     given = [f"model={tiny_model}", f"data={data}", f"out={tmp_path / 'run'}", *QUICK, 'join=" ## "']

@@ -122,7 +122,7 @@ def test_a_chat_whose_history_is_context_is_one_row(tmp_path):
     assert made.examples.sequences_of([1]) == [[3, 4, 5]]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_under_every_policy_a_row_of_several_sequences_is_whole_or_left_out(tmp_path, policy):
     published.FAMILIES["chatglm2-6b"](tmp_path / "m")

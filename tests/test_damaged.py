@@ -288,7 +288,7 @@ def test_an_alignment_that_torch_never_writes_is_refused(tmp_path: Path, alignme
 # --- configs and tokenizers -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])
 @pytest.mark.parametrize(
     "value", ["flash_attention_2", "flash_attention_3", "flex_attention", "no_such", {"": "flash_attention_2"}]
@@ -356,7 +356,7 @@ def damage(folder: Path, file: str, seed: int) -> str:
 CASES = [("llama", file, 8) for file in KNOWN] + [("chatglm2-6b", "config.json", 6), ("chatglm-6b", "config.json", 6), ("baichuan2-7b-chat", "generation_config.json", 4)]  # fmt: skip
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("more", [0, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("family", "file", "count"), CASES)
 def test_a_file_with_one_thing_changed_is_opened_or_named(

@@ -96,7 +96,7 @@ def test_parse_inverts_render_strictly_under_every_design(name, language, data):
         assert (got.how, got.record) == ("strict", record), (one.name, text)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_example_becomes_rows_that_data_reads(name, tmp_path):
     schema = SCHEMAS[name, "zh"]
@@ -299,7 +299,7 @@ def test_a_key_that_stands_twice_is_said():
     assert "'sentiment' stands twice: the first is taken" in got.problems
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "piece", tiny.slow_but([" ", "not "], [" ", "{", "(", "taste (", '\\"', "“,", ',"', '{"a":', "not ", "1.0"])
 )

@@ -145,7 +145,7 @@ def write_named(page: Path) -> None:
 # --- what the pages promise --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", tiny.slow_but([ROOT / "docs/run-files.md"], ENGLISH), ids=ids)
+@pytest.mark.parametrize("page", tiny.slow_but([ROOT / "docs/sample-design.md"], ENGLISH), ids=ids)
 def test_every_command_works(page, place, monkeypatch, capsys):
     write_named(page)
     found = steps(page)

@@ -214,7 +214,7 @@ def test_trained_merged_exported_reloaded_and_asked(name: str, made, tmp_path: P
     assert not (folder / "RAN").exists()
 
 
-@pytest.mark.few(7)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", published.FAMILIES)
 def test_the_laws_of_a_chat_format(name: str, made):
     """A prompt is a prefix of its training sequence; each learned answer and its end mark are learned, nothing else; user text stays
@@ -263,7 +263,7 @@ def test_a_named_format_on_a_tokenizer_without_its_marks_says_which_are_missing(
 # --- files ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("form", "shards"), [("safetensors", 3), ("bin", 1), ("bin", 3), ("old", 1), ("old", 2)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_file_form_gives_the_same_weights(form: str, shards: int, dtype: str, tmp_path: Path):
@@ -468,6 +468,7 @@ GLM4 = published_config("THUDM/glm-4-9b", num_layers=40, padded_vocab_size=15155
 QKV = ["q_proj", "k_proj", "v_proj"]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("config", "targets", "share", "count"),
     [
@@ -528,7 +529,7 @@ def test_the_gradient_of_a_shared_a_is_the_sum_of_its_parts(tiny_model: Path):
 # --- what MODEL is --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", published.FAMILIES)
 def test_doctor_says_what_a_folder_is(name: str, made):
     from glmtune import doctor
@@ -627,7 +628,7 @@ def test_files_of_another_tokenizer_are_refused(name: str, made, tmp_path: Path)
         families.open_template(folder)
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", published.FAMILIES)
 @pytest.mark.parametrize("value", [None, "x", *(pytest.param(odd, marks=pytest.mark.slow) for odd in (0, -1, [], {}))])
 def test_a_config_that_makes_no_sense_is_an_error_for_people(name: str, value: Any, made, tmp_path: Path):

@@ -215,7 +215,7 @@ def disturbed(command: str, place: Path, folder: Path, capsys, monkeypatch, undi
     assert results(there) == undisturbed[command]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("size", tiny.slow_but([3000], [0, 10, 400, 3000, 20_000, 60_000, 150_000]))
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_limit_on_the_size_of_files(command, size, place, tmp_path, capsys, monkeypatch, undisturbed):

@@ -145,7 +145,7 @@ def test_a_folder_computes_what_transformers_computes_on_it(
     assert families.num_parameters(folder) == count
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
 @pytest.mark.parametrize("head", ["one", "equal", "absent"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -157,7 +157,7 @@ def test_an_export_computes_what_the_folder_computed(bases: dict[str, Path], tmp
     assert json.loads((to / "config.json").read_text()).get("tie_word_embeddings", True) == (head != "one")
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("head", ["one", "equal", "absent", "alone"])
 @pytest.mark.parametrize("stored", DTYPES)
 def test_a_gguf_file_has_the_head_that_the_folder_has(bases: dict[str, Path], tmp_path: Path, head: str, stored: torch.dtype):
@@ -185,7 +185,7 @@ def test_packing_keeps_the_head(bases: dict[str, Path], tmp_path: Path, kind: st
     assert torch.equal(model.lm_head.weight, tensors_of(folder)["lm_head.weight"].bfloat16())
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "name", ["chatglm-6b", "chatglm2-6b", "internlm2-chat-7b", "baichuan-7b", "baichuan2-7b-chat", "baichuan-13b-chat"]
 )
@@ -256,7 +256,7 @@ def saved(folder: Path, tensors: dict[str, Tensor], form: str, index: bool = Tru
 FORMS = ("whole safetensors", "shards safetensors", "whole bin", "shards bin")
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("first", range(4))
 @pytest.mark.parametrize("second", range(4))
 def test_of_two_sets_of_weights_every_dtype_reads_the_one_that_transformers_reads(
@@ -299,7 +299,7 @@ def test_embeddings_with_other_rows_than_the_config_says_are_named_with_both_siz
         families.load_model(folder, dtype=dtype, device="cpu")
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "extra",
@@ -342,7 +342,7 @@ def test_a_file_reads_back_whatever_its_bits_are(tmp_path_factory: pytest.TempPa
             compare({"a": torch.full_like(tensors["a"], 2.5)}, path)
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "model.embed_tokens.weight"])
 @pytest.mark.parametrize("to", ["to", "to.gguf"])

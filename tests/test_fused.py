@@ -69,7 +69,7 @@ def packed(segments, width=48):
 SEGMENTS = [5, 1, 40, 13, 38, 7]
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("num_key_value_heads", [12, 4, 3])
 def test_equals_the_models_own_modules(family, num_key_value_heads):

@@ -154,13 +154,14 @@ def test_weights_come_back(tiny_model: Path, tmp_path: Path, outtype: str):
     same_tensors(families.load_model(tiny_model, dtype="fp32", device="cpu"), path, outtype)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["internlm-chat-7b", "internlm2-chat-7b", "baichuan2-7b-chat", "qwen2.5", "qwen3"])
 def test_weights_of_published_families_come_back(made, name: str, tmp_path: Path):
     path = export(made(name), tmp_path / "x.gguf", outtype="f32")
     same_tensors(families.load_model(made(name), dtype="fp32", device="cpu"), path, "f32")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["glm", "glm4", "mistral"])
 def test_weights_of_native_classes_come_back(kind: str, tmp_path: Path):
     model = random(kind)
@@ -310,6 +311,7 @@ def test_marks_that_are_plain_words_get_brackets(made, tmp_path: Path):
     assert ends == [2, template.tokens.special["<|user|>"], template.tokens.special["<|observation|>"]] == template.stop_ids
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("scheme, blank", [("first", False), ("always", True), ("never", False)])
 def test_newer_sentencepiece_tokenizers_write_their_blank_where_chats_do(made, tmp_path: Path, scheme: str, blank: bool):
     """`first`: behind `<s>`, with which the chat begins, there is none; llama.cpp knows both places or neither."""

@@ -121,6 +121,7 @@ def test_every_file_has_its_place():
     assert set(FILES) == set(ORDER)
 
 
+@pytest.mark.few(30)
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_a_file_imports_only_from_those_above_it(name):
     below = set(ORDER[ORDER.index(name) :]) - {name}

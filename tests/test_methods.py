@@ -313,7 +313,7 @@ def test_an_adapter_without_some_of_its_layers_is_refused(tiny_model, saved):
     assert "layers.1.self_attn.q_proj" in refused(tiny_model, change(saved, edit))
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
 def test_tensors_that_are_no_ordinary_numbers_are_refused(tiny_model, saved, kind):
     assert "an adapter's tensors are" in refused(
@@ -321,7 +321,7 @@ def test_tensors_that_are_no_ordinary_numbers_are_refused(tiny_model, saved, kin
     )
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("saved_modules", [["embed_tokens"], ["lm_head"], ["norm"], ["mlp"]])
 def test_whole_modules_of_peft_are_loaded_or_refused(tmp_path, saved_modules):
     """Of tied weights PEFT trains one side apart: then it is refused; everything else gives PEFT's logits."""
@@ -366,6 +366,7 @@ def test_a_refused_prefix_leaves_the_one_that_is_on(tiny_model, tmp_path):
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("alpha", "zero"), [(0, "B"), (16, "A")])
 def test_an_adapter_without_effect_is_known(tiny_model, saved, alpha, zero):
     config = json.loads((saved / "adapter_config.json").read_text())
@@ -385,14 +386,14 @@ def test_half_a_file_is_told(tiny_model, saved):
     assert "is cut short or damaged" in refused(tiny_model, saved)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("text", ["", '{"peft_type": "LORA", "r": 4', '{"peft_type": "LORA", "r": 4}', "[]"])
 def test_a_broken_adapter_config_is_told(tiny_model, saved, text):
     (saved / "adapter_config.json").write_text(text)
     assert "adapter_config.json" in refused(tiny_model, saved)
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("changed", "said"),
     [

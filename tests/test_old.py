@@ -51,7 +51,7 @@ def test_a_run_that_was_stopped_goes_on(old, capsys, method):
     same(old / f"{method}-stopped" / result, old / method / result)
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "what", ["lora", "prefix", "full", "lora-stopped", "prefix-stopped/checkpoints/step-2", "merged", "full/model"]
 )

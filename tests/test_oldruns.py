@@ -534,6 +534,7 @@ def test_what_is_no_training_is_refused_with_the_way_out(old, said):
     assert not Path("new.yaml").exists()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "name, content, said",
     [

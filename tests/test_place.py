@@ -218,7 +218,7 @@ def test_what_a_run_builds_on_is_recorded_too(projects, monkeypatch, option):
 # --- dtype and device -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("given", "wanted"),
     [

@@ -77,7 +77,7 @@ def straight(loaded: Loaded, asked: list[Any], folder: Path, sampling: Sampling,
 # --- continued = straight -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
 @pytest.mark.parametrize(("after", "lines"), [(1, None), (2, None), (2, 5), (3, 2)])
 def test_a_continued_prediction_has_the_bytes_of_a_straight_one(loaded, tmp_path, sampling, after, lines):
@@ -283,7 +283,7 @@ def continues_with(loaded: Loaded, folder: Path, damage: Callable[[list[bytes]],
     return "".join(said)
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("line", DAMAGED, ids=lambda line: repr(line)[2:30])
 def test_a_damaged_line_costs_its_own_answer_only(loaded, tmp_path, line):
     assert "1 damaged line is left out" in continues_with(loaded, tmp_path, lambda kept: [*kept[:2], line, *kept[3:]])
@@ -308,7 +308,7 @@ def test_a_part_cut_at_any_byte_continues(loaded, tmp_path):
         out.unlink()
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("mark", ["\u2028", "\u0085", "\u2029", "\x0b", "\x1c", "\r", "\r\n"])
 def test_marks_of_a_line_inside_an_answer_are_text(loaded, tmp_path, mark):
     asked, out = rows(questions(tmp_path)), tmp_path / "o.jsonl"

@@ -62,7 +62,7 @@ def kind(request: pytest.FixtureRequest, golden: Any) -> Any:
     prefix.detach(golden.model)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
 def test_logits_and_losses_are_the_published_ones(golden: Any, kind: int, attention: str):
@@ -73,7 +73,7 @@ def test_logits_and_losses_are_the_published_ones(golden: Any, kind: int, attent
         close(out.logits[valid], golden.tensors[f"ptuning_proj{kind}.{batch}.logits"][valid])
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_gradients_are_the_published_ones(golden: Any, kind: int, reentrant: bool | None):
     name, model, encoder = f"ptuning_proj{kind}", golden.model.train(), golden.model.prefix_encoder
@@ -111,6 +111,7 @@ def test_greedy_tokens_are_the_published_ones(golden: Any, kind: int):
         close(torch.stack(out.logits, 1), tensors[f"ptuning_proj{kind}.gen3_leftpad.step_logits"])
 
 
+@pytest.mark.few(3)
 def test_published_tensors_come_back(golden: Any, kind: int):
     made, wanted = prefix.published_tensors(golden.model), golden.files[kind]
     assert made.keys() == wanted.keys() and all(torch.equal(made[n], wanted[n]) for n in wanted)
@@ -224,7 +225,7 @@ def by_cache(model: Any, row: list[int]) -> torch.Tensor:
         return model(ids, past_key_values=DynamicCache(pairs), use_cache=True, **more).logits[0]
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("projection", [False, True])
 def test_every_family_equals_its_own_cache(family: Any, projection: bool):
     prefix.attach(family, 5, projection, hidden=24 if projection else None, seed=3)
@@ -232,7 +233,7 @@ def test_every_family_equals_its_own_cache(family: Any, projection: bool):
         close(logits(family, row), by_cache(family, row), 1e-5)
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
@@ -249,7 +250,7 @@ def test_a_padded_batch_equals_its_rows(family: Any, side: str, attention: str):
         close(got[keep], logits(family, row), 1e-5)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_decoding_from_a_cache_equals_decoding_without(family: Any):
     prefix.attach(family, 4, seed=1)
     items = rows(family)
@@ -280,7 +281,7 @@ def test_off_is_off_bit_for_bit(family: Any):
     assert family.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_gives_the_same_gradients(family: Any, reentrant: bool):
     family.requires_grad_(False)
@@ -522,7 +523,7 @@ def test_alibi_is_not_for_plain_peft(folders: Path):
     assert "prompt_embeddings" not in prefix.peft_tensors(model)
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("projection", [False, True])
 def test_a_prefix_comes_back_bit_for_bit(family: Any, projection: bool, tmp_path: Path):
     prefix.attach(family, 5, projection, seed=2)

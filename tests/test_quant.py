@@ -241,7 +241,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", published.FAMILIES)
 def test_every_family_loads_packed(family: str, made: Any):
     folder = made(family)

@@ -148,7 +148,7 @@ def numbers(log: list[dict], tmp_path) -> list[tuple[float, float]]:
     return found
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "log",
     [

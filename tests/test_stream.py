@@ -111,11 +111,12 @@ def family(request, tmp_path_factory) -> Template:
     return families.load_tokenizer(published.FAMILIES[request.param](folder))[1]
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 def test_every_family_streams_what_parse_says(family):
     all_laws(family, seed=1)
 
 
+@pytest.mark.few(2)
 def test_a_reference_answer_comes_back_from_every_family(family):
     """Fault F2: the beginning was lost wherever the text in front of an answer takes several tokens."""
     ids = reply(family, "Paris is in France, on the Seine.")
@@ -256,7 +257,7 @@ DECODERS = {
 }  # fmt: skip
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", list(DECODERS))
 @cases(80)
 @given(st.lists(st.integers(0, len(VOCABULARY) + 2), max_size=14))
@@ -290,6 +291,7 @@ def test_a_piece_comes_as_soon_as_nothing_can_change_it(name, tmp_path):
         assert as_before(template, ids[: n - 1]).rstrip() in "".join(pieces[:n])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["chatglm3-6b", "chatglm-6b", "qwen3", "llama-2-7b-chat", "baichuan2-7b-chat"])
 def test_the_work_for_a_token_does_not_grow_with_the_answer(name, tmp_path, monkeypatch):
     """Counted: the tokenizer is never asked for a text that grows, and what is held back stays short."""
@@ -306,6 +308,7 @@ def test_the_work_for_a_token_does_not_grow_with_the_answer(name, tmp_path, monk
 # --- the program's own stream -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("answer", ["Paris is in France, on the Seine.", "你好，世界！"])
 def test_the_program_streams_a_reference_answer(family, monkeypatch, answer):
     ids = reply(family, answer)

@@ -90,7 +90,7 @@ def test_the_loss_is_the_sum_over_learned_tokens_of_the_step(tiny_model, rows_fi
     assert log(tmp_path / "a")[0]["learned_tokens"] == count
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_cut_into_micro_batches_changes_nothing(tiny_model, rows_file, tmp_path, method):
     more = [f"method={method}", "optim.steps=3", *(["method.dropout=0.3"] if method == "lora" else [])]
@@ -204,7 +204,7 @@ def test_a_checkpoint_that_makes_no_sense_is_passed_over(tiny_model, rows_file, 
     assert next(path.name for path, _ in runfolder.checkpoints(tmp_path / "a")) == "step-4"
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
@@ -432,7 +432,7 @@ def test_the_adapter_holds_every_trainable_tensor(tiny_model, rows_file, tmp_pat
     assert any(t.abs().max() > 0 for n, t in tensors.items() if "lora_B" in n)
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "line",
     [

@@ -59,7 +59,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("variant", "tied"), [*((name, False) for name in VARIANTS), *((name, True) for name in ("modules", "layer norms", "dora"))]
 )
@@ -83,7 +83,7 @@ def test_plain_peft_loading_and_merging_give_the_same_function(variant: str, tie
     assert not any("lora" in name for name, _ in model.named_parameters())
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if "modules" not in name])
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 def test_nothing_changes_before_the_first_step(tiny_model: Path, variant: str, compute: torch.dtype) -> None:
@@ -152,7 +152,7 @@ def test_adapters_beneath_are_part_of_the_result(dora: bool, tiny_model: Path, t
         torch.testing.assert_close(other, logits(model))
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
@@ -507,7 +507,7 @@ def test_killed_while_saving_and_resumed_is_bit_identical(kind: str, tiny_model:
     assert not list(tmp_path.rglob(".part*"))
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_model_published_packed_is_trained_and_used_so(bits: int, rows_file: Path, tmp_path: Path) -> None:
     base = published.glm(tmp_path / f"chatglm3-6b-int{bits}", "THUDM/chatglm3-6b")

@@ -297,7 +297,7 @@ def rows(shared: Path) -> list[str]:
     return [row["instruction"] + "\n" + row["output"] for row in english[:500] + chinese[:500]]
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["chatglm1", "chatglm2"])
 def test_published_ids_of_real_and_of_nasty_text(name: str, published, shared):
     tokens, first = published[name], name == "chatglm1"
