@@ -145,7 +145,11 @@ def write_named(page: Path) -> None:
 # --- what the pages promise --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", tiny.slow_but([ROOT / "docs/sample-design.md"], ENGLISH), ids=ids)
+@pytest.mark.parametrize(
+    "page",
+    tiny.slow_but([ROOT / f"docs/{name}.md" for name in ("check-your-data", "quickstart", "watching", "python")], ENGLISH),
+    ids=ids,
+)
 def test_every_command_works(page, place, monkeypatch, capsys):
     write_named(page)
     found = steps(page)

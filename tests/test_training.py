@@ -235,7 +235,8 @@ def test_a_damaged_file_of_a_run_is_told_on_resume(tiny_model, rows_file, tmp_pa
 
 
 def test_questions_that_were_cut_off_are_told_on_resume(tiny_model, rows_file, tmp_path):
-    more = ["optim.steps=2", f"samples=[{{path: {rows_file}}}]"]
+    asked = tiny.write_rows(tmp_path / "asked.jsonl", tiny.rows(2))
+    more = ["optim.steps=2", f"samples=[{{path: {asked}}}]"]
     go(tiny_model, rows_file, tmp_path / "a", *more)
     (tmp_path / "a" / "finished.json").unlink()
     path = tmp_path / "a" / "samples.jsonl"
