@@ -158,7 +158,7 @@ def prefix_cache(weights, config, rows):
     return DynamicCache([(parts[2 * i], parts[2 * i + 1]) for i in range(config.num_hidden_layers)])
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [0, 1])
 @torch.no_grad()
 def test_published_prefix(golden, kind):

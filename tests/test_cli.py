@@ -413,6 +413,7 @@ def test_chat_prompt_answers_once(glmtune, trained):
     assert ended.out == visible(package.load(trained).chat("Where?", temperature=0, max_new_tokens=8)) + "\n"
 
 
+@pytest.mark.slow
 def test_chat_with_a_seed_is_reproducible(glmtune, tiny_model):
     def say(*more: object) -> str:
         return glmtune("chat", tiny_model, "--prompt", "Where?", "--temperature", 1.5, "--top-p", 0.95, *SHORT, *more).out
@@ -606,6 +607,7 @@ def test_a_run_file_of_another_version_opens(glmtune, trained, tmp_path):
     assert glmtune("chat", run, "--prompt", "Where?", *SHORT).code == 0
 
 
+@pytest.mark.slow
 def test_a_finished_run_without_its_adapter_says_what_it_takes(glmtune, trained, tmp_path):
     import shutil
 

@@ -144,7 +144,7 @@ def test_what_has_no_place_is_an_error_and_nothing_is_written() -> None:
         convert.convert(["in.jsonl"], "messages", "out.jsonl")
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["messages", "sharegpt"])
 @pytest.mark.parametrize(
     "name",

@@ -567,6 +567,7 @@ def test_importing_data_is_light() -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_real_files_load(shared: Path) -> None:
     for name, count, form in (
         ("alpaca_en.json", 600, "alpaca"),

@@ -81,7 +81,7 @@ def records(draw: st.DrawFn, schema: Schema) -> design.Record:
     }
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("name", "language"), SCHEMAS)
 @cases(100, derandomize=True)
 @given(st.data())

@@ -147,7 +147,7 @@ def write_named(page: Path) -> None:
 
 @pytest.mark.parametrize(
     "page",
-    tiny.slow_but([ROOT / f"docs/{name}.md" for name in ("check-your-data", "quickstart", "watching", "python")], ENGLISH),
+    tiny.slow_but([ROOT / f"docs/{name}.md" for name in ("quickstart", "watching", "python")], ENGLISH),
     ids=ids,
 )
 def test_every_command_works(page, place, monkeypatch, capsys):

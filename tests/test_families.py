@@ -184,7 +184,7 @@ def made(tmp_path_factory: pytest.TempPathFactory):
 QUESTION = [{"role": "user", "content": "Where is the cat? 你好\n  in  the sea"}]
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", tiny.slow_but(["chatglm-6b", "chatglm3-6b", "internlm2-chat-7b", "baichuan2-13b-chat"], published.FAMILIES)
 )
@@ -481,6 +481,7 @@ def test_trainable_counts_at_the_published_sizes(config, targets, share: bool, c
     assert counted(config, Lora(rank=8, targets=targets, share_a=share)) == count
 
 
+@pytest.mark.slow
 def test_a_shared_a_is_one_matrix_in_training_and_three_equal_ones_in_the_file(made, tmp_path: Path):
     from peft import PeftModel
 

@@ -52,6 +52,7 @@ def trace() -> None:
     raise KeyError("x")
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("action", "broken"),
     [

@@ -353,6 +353,7 @@ def test_published_settings_are_used(tiny_model, tmp_path, found, wanted):
     assert not said
 
 
+@pytest.mark.slow
 def test_a_published_temperature_of_zero_is_greedy(tiny_model, tmp_path):
     model = glmtune.load(publish(tiny_model, tmp_path / "m", do_sample=True, temperature=0.0), dtype=torch.float32)
     assert len({model.chat("Where?", max_new_tokens=16) for _ in range(4)}) == 1

@@ -466,7 +466,7 @@ def test_a_disk_that_lies_is_found_when_saving(tiny_model, tmp_path, monkeypatch
 # --- full tuning --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_fully_tuned_folder_opens_in_plain_transformers(tiny_model, tmp_path, tied):
     from transformers import AutoModelForCausalLM, AutoTokenizer

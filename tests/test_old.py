@@ -60,7 +60,7 @@ def test_what_was_trained_answers(old, capsys, what):
     assert code == 0 and answer, told
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["lora", "prefix"])
 def test_a_base_that_is_gone_cannot_be_told_from_another(old, capsys, what):
     """Those of 0.3.0 have no fingerprint: said, as the recorded folder is on another machine."""
@@ -80,6 +80,7 @@ def test_an_export_is_what_the_run_computes_now(old, capsys):
     assert families.fingerprint(old / "merged")
 
 
+@pytest.mark.slow
 def test_an_adapter_goes_on_and_is_mixed_and_brought_over(old, capsys):
     for arguments in (
         ["train", "model=model", "data=rows.jsonl", "out=on", "method.start=lora", "optim.steps=1", "samples=[]", "report_to=[]"],

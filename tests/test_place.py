@@ -195,7 +195,7 @@ def test_a_run_goes_on_from_an_adapter_of_its_own_base_only(projects, option):
     go("on", option.replace("../X/run", "brought"), "optim.steps=1")
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["method.start=one", "method.under=[one]"])
 def test_what_a_run_builds_on_is_recorded_too(projects, monkeypatch, option):
     monkeypatch.chdir(projects / "X")

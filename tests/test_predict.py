@@ -193,6 +193,7 @@ def test_a_part_that_does_not_say_whose_answers_it_holds_is_refused(loaded, tmp_
     refuses(loaded, asked, out, GREEDY, "whose answers it holds|another glmtune")
 
 
+@pytest.mark.slow
 def test_a_part_without_answers_is_begun_anew(loaded, other, tmp_path):
     """Nothing is lost, whoever began it."""
     asked, out = rows(questions(tmp_path)), tmp_path / "o.jsonl"
@@ -290,12 +291,13 @@ def test_a_damaged_line_costs_its_own_answer_only(loaded, tmp_path, line):
     continues_with(loaded, tmp_path, lambda kept: [*kept, line], end=b"")
 
 
-@cases(8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@cases(8, quick=2, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.one_of(st.sampled_from(DAMAGED), st.integers(0, 5)), max_size=9), st.booleans())
 def test_a_part_of_any_lines_continues_with_what_is_whole(loaded, tmp_path, lines, ended):
     continues_with(loaded, tmp_path, lambda kept: [kept[i] if isinstance(i, int) else i for i in lines], b"\n" if ended else b"")
 
 
+@pytest.mark.slow
 def test_a_part_cut_at_any_byte_continues(loaded, tmp_path):
     asked, out = rows(questions(tmp_path, 3)), tmp_path / "o.jsonl"
     part = stopped(loaded, asked, out, GREEDY, 1, batch_size=1)

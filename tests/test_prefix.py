@@ -92,7 +92,7 @@ def test_gradients_are_the_published_ones(golden: Any, kind: int, reentrant: boo
     assert (encoder.embedding.weight.grad[:2] - wanted).norm() <= 1e-5 * wanted.norm()
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 def test_greedy_tokens_are_the_published_ones(golden: Any, kind: int):
     """By our own loop and by transformers', from a cache and without one."""
     model, tensors = golden.model, golden.tensors
@@ -117,7 +117,7 @@ def test_published_tensors_come_back(golden: Any, kind: int):
     assert made.keys() == wanted.keys() and all(torch.equal(made[n], wanted[n]) for n in wanted)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 def test_plain_peft_computes_the_published_logits(golden: Any, kind: int, tmp_path: Path):
     """Also greedily: what is saved is what PEFT serves."""
     tensors, config = prefix.peft_tensors(golden.model), prefix.peft_config(golden.model, "base")

@@ -244,6 +244,7 @@ class Clock:
         self.datetime = type("Moved", (datetime.datetime,), {"now": classmethod(lambda cls, tz=None: now)})
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_own_date_and_answers_with_it(tmp_path, monkeypatch, capsys):
     from glmtune import chat, cli, load
     from glmtune.run import load_run
@@ -324,7 +325,7 @@ def test_tokenised_rows_keep_their_date(tmp_path, monkeypatch):
         tokenised(wanted(tmp_path / "tokens", "date=2026-03-02"))
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("command", ["chat", "show", "train", "data check", "predict", "export"])
 def test_every_command_refuses_a_template_without_end(command, tmp_path, capsys):
     from glmtune import cli

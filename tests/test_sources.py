@@ -250,6 +250,7 @@ def test_where_a_block_ends_changes_nothing(layout: str, block: int, monkeypatch
         assert len(whole) >= 199 or (layout == "wrapped" and content == broken.encode()), "then one row a line, and one line"
 
 
+@pytest.mark.slow
 def test_a_row_beyond_the_limit_is_refused_with_its_line_and_not_held() -> None:
     long = json.dumps({"instruction": "x", "output": "y" * 9_000_000}).encode()
     for name, content in (("a.jsonl", lines(rows(2)) + long), ("a.json", b"[\n" + b",\n".join([b'{"a": 1}', long]) + b"]")):
@@ -274,7 +275,7 @@ for path in sys.argv[1:]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory of this process alone: Linux")
-@pytest.mark.parametrize("counts", [(2_000, 20_000), pytest.param((10_000, 100_000), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("counts", [(3_000, 14_000), pytest.param((10_000, 100_000), marks=pytest.mark.slow)])
 def test_memory_does_not_grow_with_the_file(counts: tuple[int, int]) -> None:
     for count in counts:
         row = json.dumps({"instruction": "question", "output": "x" * 60}).encode()
@@ -283,7 +284,7 @@ def test_memory_does_not_grow_with_the_file(counts: tuple[int, int]) -> None:
         [sys.executable, "-c", MEASURE, *(f"{count}.json" for count in counts)], stdout=subprocess.PIPE, check=True
     )
     read, peaks = zip(*(map(int, line.split()) for line in ended.stdout.splitlines()))
-    assert read == counts and peaks[1] - peaks[0] < 10_000, peaks
+    assert read == counts and peaks[1] - peaks[0] < 6_000, peaks
 
 
 # --- streams ---------------------------------------------------------------------------------------------------------------

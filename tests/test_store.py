@@ -127,7 +127,7 @@ FILES: dict[str, tuple[list[list[str]], dict[str, Any]]] = {  # lines of every f
 QUICK = ("rows of several answers", "columns that come late")
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FILES])
 def test_all_that_is_told_of_rows_is_the_same_whatever_the_number_of_processes(wanted, cache, tmp_path, monkeypatch, name):
     files, options = FILES[name]
@@ -154,6 +154,7 @@ def test_all_that_is_told_of_rows_is_the_same_whatever_the_number_of_processes(w
         assert [span["count"] for span in one[1]["spans"]] == [span.count for span in loaded.spans]
 
 
+@pytest.mark.slow
 def test_an_error_of_encoding_comes_before_those_of_later_rows(wanted, cache, tmp_path, monkeypatch):
     """With several processes the files are read ahead; what is told first is what stands first."""
     odd = json.dumps({"messages": [{"role": role, "content": role} for role in ("user", "assistant", "tool", "assistant")]})
@@ -356,6 +357,7 @@ def test_training_from_a_store_touches_no_tokenizer(tiny_model, tmp_path, cache,
     assert train(stored).loss == straight.loss
 
 
+@pytest.mark.slow
 def test_a_store_of_a_million_sequences_opens_fast_and_in_little_memory(tmp_path):
     """Opening maps files; a sequence is made when it is asked for."""
     block = Block.of([(i, i, Example([1, 2, 3], [2, 3, 3], [0.0, 1.0, 0.0], "f:1")) for i in range(1000)])

@@ -209,6 +209,7 @@ def test_every_published_format_streams_what_parse_says(shared, tmp_path, step):
         all_laws(template, seed=i)
 
 
+@pytest.mark.slow
 @EACH
 def test_thoughts_and_tool_calls_stream_as_they_are_parsed(shared, tmp_path, step):
     call = {"type": "function", "function": {"name": "f", "arguments": {"city": "北京"}}}

@@ -204,7 +204,7 @@ def test_a_checkpoint_that_makes_no_sense_is_passed_over(tiny_model, rows_file, 
     assert next(path.name for path, _ in runfolder.checkpoints(tmp_path / "a")) == "step-4"
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
@@ -253,6 +253,7 @@ def test_an_answer_with_a_line_separator_is_one_line(tmp_path):
     assert runfolder.read_jsonl(tmp_path / "a.jsonl") == rows
 
 
+@pytest.mark.slow
 def test_a_run_of_a_version_that_chose_otherwise_is_continued(tiny_model, rows_file, tmp_path):
     go(tiny_model, rows_file, tmp_path / "a", "optim.steps=2")
     straight = adapter(tmp_path / "a")
@@ -407,6 +408,7 @@ def test_a_step_is_cut_whole_and_within_bounds(padded):
         assert cost <= 64 or len(part) == 1
 
 
+@pytest.mark.slow
 def test_the_saved_adapter_gives_peft_the_same_logits(tiny_model, rows_file, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -465,7 +467,7 @@ def test_a_damaged_line_of_the_log_goes(tmp_path, line, where):
     assert log(tmp_path) == good[:2]
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["step-²", "step-", "step--1", "step-٣", "step-1.5", "step-9" * 20, "step-x"])
 def test_other_folders_among_the_checkpoints_are_passed_over(tiny_model, rows_file, tmp_path, name):
     go(tiny_model, rows_file, tmp_path / "a", "optim.steps=2", "save.every_steps=1")

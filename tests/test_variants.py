@@ -303,6 +303,7 @@ def test_a_resumed_run_is_the_straight_run_and_is_counted_right(
         assert plan.make(run).shape.trainable == sum(tensor.numel() for tensor in load_file(held).values())
 
 
+@pytest.mark.slow
 def test_evaluating_an_nf4_run_changes_nothing(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     for name, more in (("never", []), ("always", ["eval.every_steps=1", f"eval.data={rows_file}"])):
@@ -313,7 +314,7 @@ def test_evaluating_an_nf4_run_changes_nothing(tiny_model: Path, rows_file: Path
     assert losses == sorted(losses, reverse=True) and len(set(losses)) == 4
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["prefix, projection", "freeze"])
 def test_the_dev_loss_is_that_of_what_was_learned_so_far(name: str, tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
     """Not of where it began: a prefix is kept between forwards without gradients, and a fused optimizer changes it unnoticed."""
@@ -700,6 +701,7 @@ def test_adapters_are_switched_at_run_time(tiny_model: Path, tmp_path: Path) -> 
     assert torch.equal(logits(loaded.use(None).model), base)
 
 
+@pytest.mark.slow
 def test_an_adapter_without_effect_is_told(tiny_model: Path, tmp_path: Path) -> None:
     import glmtune
     from glmtune.export import export
