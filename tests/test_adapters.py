@@ -140,7 +140,7 @@ def golden_logits(model: Any, folder: Path, wanted: torch.Tensor) -> float:
     return float((found - wanted)[kept.get("b1_pair.valid", torch.ones_like(ids)).bool()].abs().max())
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora_qkv", "lora_all"])
 @pytest.mark.parametrize("family", GOLDENS)
 def test_an_adapter_of_the_published_layout_gives_the_published_logits_and_comes_back_bit_for_bit(shared, tmp_path, family, kind):

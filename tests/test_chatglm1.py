@@ -135,7 +135,7 @@ def loop(model, ids, mask, cache):
     return torch.cat(made, 1), torch.stack(logits, 1)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", ["gen1", "gen3_leftpad"])
 def test_published_generation(golden, batch):
     golden.model.set_attn_implementation("sdpa")

@@ -182,6 +182,7 @@ def test_rows_that_q8_0_cannot_hold_stay_f16_and_it_is_said(tiny_model: Path, tm
     assert any("2 matrices stay f16" in line for line in said)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_merged(tiny_model: Path, tmp_path: Path):
     data = tiny.write_rows(tmp_path / "rows.jsonl", tiny.rows(8))
     settings = [f"model={tiny_model}", f"data={data}", f"out={tmp_path / 'run'}", "optim.steps=3", "optim.lr=0.05"]

@@ -281,6 +281,7 @@ def test_a_process_killed_while_it_writes_leaves_nothing_that_is_used(wanted, ca
     assert not [path.name for path in cache.iterdir() if ".part-" in path.name]  # and what it left is cleared away
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_make_one_store(wanted, cache, tiny_model):
     both = [child(wanted, tiny_model, 0.02) for _ in range(2)]
     ends = [process.communicate(timeout=60)[0].splitlines()[-1] for process in both]

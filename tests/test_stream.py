@@ -201,6 +201,7 @@ ENDS = [
 EACH = pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.slow)])
 
 
+@pytest.mark.slow
 @EACH
 def test_every_published_format_streams_what_parse_says(shared, tmp_path, step):
     made = published_formats(shared, tmp_path, step)

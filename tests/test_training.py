@@ -234,6 +234,7 @@ def test_a_damaged_file_of_a_run_is_told_on_resume(tiny_model, rows_file, tmp_pa
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_questions_that_were_cut_off_are_told_on_resume(tiny_model, rows_file, tmp_path):
     asked = tiny.write_rows(tmp_path / "asked.jsonl", tiny.rows(2))
     more = ["optim.steps=2", f"samples=[{{path: {asked}}}]"]
