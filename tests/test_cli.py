@@ -127,7 +127,9 @@ def test_the_version_is_printed(glmtune):
 
 
 def test_train_without_a_run_file(glmtune, tiny_model, rows, tmp_path):
-    ended = glmtune("train", f"model={tiny_model}", f"data={rows}", f"out={tmp_path / 'a'}", "optim.steps=4", "optim.batch_size=4")
+    ended = glmtune(
+        "train", f"model={tiny_model}", f"data={rows}", f"out={tmp_path / 'a'}", "optim.steps=4", "optim.batch_size=4", "samples=[]"
+    )
     assert ended.code == 0 and ended.err == ""
     assert (tmp_path / "a" / "adapter" / "adapter_model.safetensors").is_file()
     said = ended.out

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -401,7 +402,8 @@ def test_a_killed_worker_is_told_and_nothing_is_left(wanted, cache, monkeypatch)
 
     def kill(*_: Any) -> None:
         for one in set(psutil.Process().children()) - others:
-            one.kill()
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
 
     with pytest.raises(UserError, match="one of the 2 processes that tokenise was killed"):
         tokenise.tokenised(wanted(), workers=2, progress=kill, keep=True)
