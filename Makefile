@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+unexport PYTHONDONTWRITEBYTECODE  # two processes would compile all tests each time
 READY := $(VENV)/.ready
 
 .PHONY: setup quickstart test test-slow test-all check bench clean

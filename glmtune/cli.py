@@ -121,14 +121,14 @@ def show(
     if not 0 <= sample < len(made.examples):
         raise UserError(f"--sample {sample}: there are {len(made.examples)} rows, 0 to {len(made.examples) - 1}")
     example = made.examples[sample]
-    from . import estimate, families
+    from . import estimate
     from .settings import line as settings_line
-    from .settings import resolve, setting
+    from .settings import matmul_rate, resolve, setting
 
     chosen = resolve(made)
     how = setting(made, chosen)
     need = estimate.memory(made.shape, how)
-    rate = estimate.matmul_rate(families.pick_device(chosen["device"]), chosen["precision"])
+    rate = matmul_rate(chosen["device"], chosen["precision"])
     epoch = estimate.seconds(made.shape, how, sum(made.lengths), made.examples.num_learned, rate)
     if json_:
         found = {

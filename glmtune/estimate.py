@@ -142,7 +142,7 @@ def matmul_rate(device: Any, precision: str) -> float:
     import torch
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    size = 4096 if device.type == "cuda" else 256 if precision == "fp16" else 1024  # a CPU's fp16 may take seconds
+    size = 4096 if device.type == "cuda" else 1024 if precision == "fp32" else 256  # a CPU may take seconds for products of 16 bits
     a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
 
     def wait() -> float:

@@ -26,6 +26,7 @@ from .stages import Terms
 from .store import Chosen
 
 SAVE_SECONDS = 300  # save.every_steps null
+REPORT_SECONDS = 10  # between two reports of a run that goes on: one takes about as long as a short epoch
 EVALUATED = 64  # rows whose examples exist at one time in an evaluation
 
 
@@ -66,6 +67,7 @@ class Loop:
         trackers = list(progress.trackers(self.plan.run, self.out, state.step))
         per_epoch = batch.steps_per_epoch(self.plan.examples.num_rows, self.optim.batch_size)
         started, saved_at = time.monotonic() - state.seconds, time.monotonic()
+        reported_at = saved_at
         if session.forward.compile:
             session.screen.say("compiling kernels for this machine in the first steps (10 to 60 s)")
         session.screen.start(steps, state.step)
@@ -93,8 +95,9 @@ class Loop:
                 if due or self.stopping or "eval_loss" in row:
                     session.save(keep_best=row.get("eval_loss"))
                     saved_at = time.monotonic()
-                if end_of_epoch and step < steps:
+                if end_of_epoch and step < steps and time.monotonic() - reported_at > REPORT_SECONDS:
                     report.write(self.out)
+                    reported_at = time.monotonic()
                 if self.stopping and step < steps:
                     raise Interrupted(
                         f"stopped after step {step} of {steps}; saved. Continue with: glmtune train {self.out / 'run.yaml'} --resume"

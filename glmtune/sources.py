@@ -3,6 +3,7 @@
 Names come from the registry: data.yaml (or a LLaMA-Factory dataset_info.json), then registry.yaml, which is shipped with glmtune.
 """
 
+import functools
 import hashlib
 import json
 from collections import Counter
@@ -220,8 +221,12 @@ def names(registry: str | Path | None = None) -> dict[str, Entry]:
     if registry is not None and not path.is_file():
         raise UserError(f"registry: there is no file '{registry}'")
     own = read_registry(path) if path.is_file() else {}
-    shipped = read_registry(Path(__file__).with_name("registry.yaml"))
-    return {**own, **{name: entry for name, entry in shipped.items() if name not in own}}
+    return {**own, **{name: entry for name, entry in _shipped().items() if name not in own}}
+
+
+@functools.cache
+def _shipped() -> dict[str, Entry]:
+    return read_registry(Path(__file__).with_name("registry.yaml"))
 
 
 def read_registry(path: Path) -> dict[str, Entry]:

@@ -1,5 +1,7 @@
+import gc
 import os
 import random
+import shutil
 import signal
 import time
 from contextlib import contextmanager
@@ -12,7 +14,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models; the suite runs on 
 
 import glmtune  # noqa: F401  (sets how threads wait, before torch is loaded)
 
-from . import tiny
+from . import cases, tiny
+
+MEMORY = Path("/dev/shm")  # files in memory, on Linux
+
+gc.disable()  # until all files are read: there is no garbage yet
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # torch, transformers and the tests: millions of objects that stay, and need not be looked at again
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +38,27 @@ def shared() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip("the real data is not beside the project")
     return folder
+
+
+# --- a few cases of many: @pytest.mark.few(count) -----------------------------------------------------------------------------------
+
+
+class _Few:
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Marks all cases of a test as slow but a few: those that together show most of its parameters' values, the first before others."""
+        tests: dict[tuple[object, int], list[pytest.Item]] = {}
+        for item in items:
+            if (few := item.get_closest_marker("few")) and hasattr(item, "callspec") and not item.get_closest_marker("slow"):
+                tests.setdefault((item.function, *few.args), []).append(item)  # type: ignore
+        for (_, count), left in tests.items():
+            shown: set[tuple[str, int]] = set()
+            for _ in range(min(count, len(left))):
+                best = max(left, key=lambda item: len(item.callspec.indices.items() - shown))
+                shown |= best.callspec.indices.items()
+                left.remove(best)
+            for item in left:
+                item.add_marker(pytest.mark.slow)
 
 
 # --- a suite that ends in time: --budget ------------------------------------------------------------------------------------------
@@ -48,6 +80,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "few(count): of the cases of this test, all but so many are slow")
+    config.pluginmanager.register(_Few())
+    cases.QUICK = "not slow" in config.option.markexpr
+    if cases.QUICK and MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4e9:  # thousands of small files, fsynced and deleted
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
     if config.option.budget is None:
         return
     told = getattr(config, "workerinput", {"end": time.time() + config.option.budget, "order": config.option.order})

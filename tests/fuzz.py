@@ -801,7 +801,7 @@ def main() -> None:
     parser.add_argument("--verbose", action="store_true", help="tell what every case did")
     options = parser.parse_args()
     load_everything()
-    broken, began = 0, time.monotonic()
+    count, began = 0, time.monotonic()
     kept = options.keep or Path(tempfile.mkdtemp(prefix="glmtune-fuzz-"))
     numbers = [options.only] if options.only is not None else range(options.cases)
     with tempfile.TemporaryDirectory(prefix="glmtune-fuzz-") as folder:
@@ -813,9 +813,9 @@ def main() -> None:
                 name = f"{kind}-{options.seed}-{number}"
                 case = Case(kind, options.seed, number, valid, Path(folder) / name)
                 case.folder.mkdir()
-                found = _found(case)
+                found = broken(case)
                 if found:
-                    broken += 1
+                    count += 1
                     again = f"python -m tests.fuzz --kind {kind} --seed {options.seed} --only {number}"
                     shutil.copytree(case.folder, kept / name, symlinks=True, dirs_exist_ok=True, ignore_dangling_symlinks=True)
                     print("\n  ".join([f"{again}   (kept in {kept / name})", *case.steps, found]), flush=True)
@@ -823,17 +823,18 @@ def main() -> None:
                     print("\n  ".join([name, *case.steps]), flush=True)
                 shutil.rmtree(case.folder)
     total = len(numbers) * len(options.kind or KINDS)
-    print(f"{total} cases, {broken} break a law, {time.monotonic() - began:.0f} s", flush=True)
-    if not broken and options.keep is None:
+    print(f"{total} cases, {count} break a law, {time.monotonic() - began:.0f} s", flush=True)
+    if not count and options.keep is None:
         kept.rmdir()
-    sys.exit(1 if broken else 0)
+    sys.exit(1 if count else 0)
 
 
-def _found(case: Case) -> str | None:
+def broken(case: Case) -> str | None:
+    """Which law a case breaks, and how."""
     try:
         KINDS[case.kind](case)
-    except Broken as broken:
-        return f"BROKEN: {broken}"
+    except Broken as law:
+        return f"BROKEN: {law}"
     except Exception:  # of a case's own oracle, or of what it calls in this process
         return f"BROKEN: {traceback.format_exc()}"
     return None

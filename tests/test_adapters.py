@@ -140,6 +140,7 @@ def golden_logits(model: Any, folder: Path, wanted: torch.Tensor) -> float:
     return float((found - wanted)[kept.get("b1_pair.valid", torch.ones_like(ids)).bool()].abs().max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora_qkv", "lora_all"])
 @pytest.mark.parametrize("family", GOLDENS)
 def test_an_adapter_of_the_published_layout_gives_the_published_logits_and_comes_back_bit_for_bit(shared, tmp_path, family, kind):
@@ -166,6 +167,7 @@ def test_an_adapter_of_the_published_layout_gives_the_published_logits_and_comes
     assert set(config["target_modules"]) == set(before["target_modules"]) and set(config) <= set(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("family", GOLDENS[:3])
 def test_a_published_prefix_gives_the_published_logits_and_comes_back_bit_for_bit(shared, tmp_path, family, number):
@@ -186,6 +188,7 @@ def test_a_published_prefix_gives_the_published_logits_and_comes_back_bit_for_bi
 # --- import ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_an_imported_adapter_computes_what_it_computed_on_the_published_weights(models, name, dora, tmp_path):
     old = old_adapter(tmp_path / "old", models[name], FUSED[name], dora=dora, use_rslora=dora)
@@ -330,6 +333,7 @@ def _break(old: Path, how: str) -> None:
         torch.save({"transformer.encoder.layers.1.mlp.dense_h_to_4h.weight": torch.ones(4, 4)}, file)
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(
     ("how", "told"),
     {
@@ -370,6 +374,7 @@ def test_an_adapter_of_another_family_is_refused(models, tmp_path):
 # --- export back ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "options", [{}, {"share_a": True}, {"rslora": True}, {"dora": True}], ids=["own A", "share_a", "rslora", "dora"]
 )
@@ -408,6 +413,7 @@ def test_a_model_with_one_layout_is_told_so(tiny_model, tmp_path):
 # --- README -----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["chatglm3-6b", "chatglm-6b"])
 def test_the_lines_of_the_readme_work(models, name, tmp_path, capsys):
     base = models[name]
@@ -538,6 +544,7 @@ def test_llama_factory_trained_on_the_models_own_format(models):
         assert trained_form(base, "llama-factory").prompt(ASK) == families.open_template(base).prompt(ASK)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("project", list(PROMPTS))
 def test_the_saved_folder_asks_as_the_form_does(models, project, tmp_path):
     """What `glmtune chat --adapter` reads back is what was meant, ids and ends."""
@@ -550,6 +557,7 @@ def test_the_saved_folder_asks_as_the_form_does(models, project, tmp_path):
     assert PROMPTS[project] in (tmp_path / "new" / "README.md").read_text()
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("sign", "project"),
     [
@@ -644,6 +652,7 @@ def with_peft(tiny_model, tmp_path_factory) -> tuple[Any, Path, Path]:
     return model, a, b
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("how", "theirs", "more"),
     [
@@ -740,6 +749,7 @@ def test_the_command_mixes_and_the_result_opens(two, tiny_model, tmp_path, capsy
     assert stopped.value.code == 2 and "wanted ADAPTER=WEIGHT" in capsys.readouterr().err
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("how", ["truncated", "published", "another", "bin"])
 def test_an_adapter_that_is_left_unmerged_is_looked_at(models, tmp_path, how):
     """What is written beside the base opens there, or nothing is written."""
@@ -781,6 +791,7 @@ def wide(glm2) -> int:
     return families.prefix_parameters(glm2, 1, False)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("kind", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("form", ["published", "ours", "PEFT's", "a lone file"])
 def test_a_prefix_that_is_not_finite_is_refused_by_its_tensors_name(glm2, wide, tmp_path, capsys, kind, form):
@@ -804,6 +815,7 @@ def test_a_prefix_that_is_not_finite_is_refused_by_its_tensors_name(glm2, wide, 
     assert not (tmp_path / "to").exists()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("front", ["", "module.", "module.module.", "_orig_mod.", "module._orig_mod."])
 def test_what_a_trainer_put_before_the_names_of_a_prefix_is_taken_off(glm2, wide, tmp_path, front):
     made = torch.randn(8, wide)
@@ -820,6 +832,7 @@ def test_names_that_are_no_prefix_are_told(glm2, tmp_path):
         import_adapter(tmp_path, glm2, tmp_path / "to")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("model", ["given", "from the config"])
 def test_a_prefix_of_peft_is_imported_with_its_function(tmp_path, model):
     from peft import PrefixTuningConfig, get_peft_model
@@ -841,6 +854,7 @@ def test_a_prefix_of_peft_is_imported_with_its_function(tmp_path, model):
 # --- mixes of different bases ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("told", ["by fingerprints", "by names", "one base under two names", "one base"])
 def test_a_mix_of_adapters_of_different_bases_is_told(tmp_path, told):
     one, other = tiny.llama(tmp_path / "one"), tiny.llama(tmp_path / "other", seed=1)

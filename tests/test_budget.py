@@ -21,6 +21,9 @@ def run(path, budget, order) -> int:
         "no:xdist",
         "-p",
         "no:cacheprovider",
+        "-p",
+        "no:hypothesispytest",
+        "--assert=plain",
         "--rootdir",
         str(path),
         "-c",
@@ -31,6 +34,7 @@ def run(path, budget, order) -> int:
     return pytest.main([*options, str(path), "--budget", str(budget), "--order", str(order)], plugins=[conftest])
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("tests", "budget", "code", "ran", "left_out"),
     [

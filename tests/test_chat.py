@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from glmtune import chat, families
@@ -14,6 +14,7 @@ from glmtune.records import Conversation, Document, Turn
 from glmtune.run import Form
 
 from . import tiny
+from .cases import cases
 
 OWN = Form(system="S: {content}\n", user="Q: {content}\n", assistant="A: {content}{stop}\n\n", stop="</s>")
 NAMES = ["chatml-jinja", "llama2-jinja", "glm4-jinja", "plain", "chatml", "alpaca", "own"]
@@ -65,8 +66,9 @@ def conversations(draw: st.DrawFn, texts=text) -> list[dict]:
     return messages
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=60, deadline=None)
+@cases(60)
 @given(messages=conversations())
 def test_a_prompt_is_a_prefix_of_its_training_sequence(templates, name, messages):
     template = templates[name]
@@ -78,6 +80,7 @@ def test_a_prompt_is_a_prefix_of_its_training_sequence(templates, name, messages
             assert template.prompt(messages[: end + 1]) == prompt  # a last answer is what is to be answered anew
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_long_conversation_is_cut_as_a_short_one(templates, name):
     template = templates[name]
@@ -96,8 +99,9 @@ def test_a_long_conversation_is_cut_as_a_short_one(templates, name):
     )
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=60, deadline=None)
+@cases(60)
 @given(messages=conversations(), learn=st.sampled_from(["all", "last"]))
 def test_exactly_the_answers_and_their_stop_marks_are_learned(templates, name, messages, learn):
     template = templates[name]
@@ -119,8 +123,9 @@ def test_exactly_the_answers_and_their_stop_marks_are_learned(templates, name, m
             assert said in (turn["content"], published)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=60, deadline=None)
+@cases(60)
 @given(messages=conversations())
 def test_user_text_cannot_write_a_special_token(templates, name, messages):
     template = templates[name]
@@ -129,8 +134,9 @@ def test_user_text_cannot_write_a_special_token(templates, name, messages):
     assert [t for t in template.encode(messages).ids if t in special] == [t for t in template.encode(innocent).ids if t in special]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=40, deadline=None)
+@cases(40)
 @given(messages=conversations(plain_text))
 def test_what_was_trained_is_what_is_served(templates, name, messages):
     """The saved chat template, rendered and tokenised by transformers' own way, gives our ids."""
@@ -280,8 +286,9 @@ def test_a_template_that_only_copies_texts_is_known_as_one(source, copies):
     assert chat.copies_texts(source) is copies
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=40, deadline=None)
+@cases(40)
 @given(talks=st.lists(conversations(), min_size=1, max_size=4))
 def test_what_one_rendering_shows_of_a_template_that_copies_holds_for_all(templates, name, talks):
     template = templates[name]

@@ -65,6 +65,7 @@ def close(got, wanted, tolerance=5e-5):
     assert difference <= tolerance, difference
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("batch", BATCHES)
 @torch.no_grad()
@@ -85,6 +86,7 @@ def test_published_logits_and_losses(golden, batch, attention):
             close(torch.stack(out.hidden_states), golden.tensors["b0_single.hidden_states"])
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("batch", ["b1_pair", "b2_leftpad"])
 def test_published_gradients(golden, batch, checkpointing):
@@ -133,6 +135,7 @@ def loop(model, ids, mask, cache):
     return torch.cat(made, 1), torch.stack(logits, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", ["gen1", "gen3_leftpad"])
 def test_published_generation(golden, batch):
     golden.model.set_attn_implementation("sdpa")
@@ -155,6 +158,7 @@ def prefix_cache(weights, config, rows):
     return DynamicCache([(parts[2 * i], parts[2 * i + 1]) for i in range(config.num_hidden_layers)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [0, 1])
 @torch.no_grad()
 def test_published_prefix(golden, kind):
@@ -175,6 +179,7 @@ def test_published_prefix(golden, kind):
                 close(out.logits[valid(golden, batch)], golden.tensors[f"{name}.{batch}.logits"][valid(golden, batch)])
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("checkpointing", [None, False, True])
 @pytest.mark.parametrize("kind", [0, 1])
 def test_published_prefix_gradients(golden, kind, checkpointing):
@@ -195,6 +200,7 @@ def test_published_prefix_gradients(golden, kind, checkpointing):
     assert (got - wanted).norm() <= 1e-4 * wanted.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [0, 1])
 def test_published_prefix_generation(golden, kind):
     ids, mask = golden.tensors["gen3_leftpad.input_ids"], plain_mask(golden, "gen3_leftpad")
@@ -289,6 +295,7 @@ def test_the_context_sees_itself_and_the_answer_sees_what_is_behind(model):
     assert [changed(column) for column in (0, 4, 7, 8, 9)] == [0, 0, 7, 8, 9]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("two", [True, False])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -337,6 +344,7 @@ def test_left_pads_are_context_where_nothing_tells_them_apart(model):
     assert not torch.allclose(model(bare).logits[:, 2:], model(torch.tensor([ROWS[1]])).logits, atol=1e-3)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("two", [True, False])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("steps", [[1, 1, 1], [2, 1], [3]])
@@ -362,6 +370,7 @@ def test_cached_equals_uncached(two, kind, steps):
         done = end
 
 
+@pytest.mark.slow
 def test_generating_in_a_padded_batch_equals_generating_alone():
     model = lively()
     model.generation_config.eos_token_id = None

@@ -7,13 +7,14 @@ from typing import Any
 from weakref import ref
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from glmtune import check, data
 from glmtune.errors import UserError
 
 from . import damage
+from .cases import cases
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +47,7 @@ def in_turn(names: Iterable[str]) -> list[Any]:
     ]
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize(("name", "layout"), in_turn(damage.ALL))
 def test_damage_is_found_at_its_line_and_nothing_else_is(name: str, layout: str) -> None:
     file, line = spoil(name, layout)
@@ -75,7 +77,7 @@ def _is_refused(file: str) -> bool:
     return False
 
 
-@settings(deadline=None, max_examples=15)
+@cases(15)
 @given(
     at=st.sets(st.integers(0, 14), min_size=1),
     name=st.sampled_from(["missing brace", "truncated", "missing comma", "no JSON"]),
@@ -205,6 +207,7 @@ def test_fix_keeps_the_layout_and_the_spelling_of_rows() -> None:
     assert Path("out.jsonl").read_text() == row + "\n"
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("name", "content", "out", "written"),
     [
@@ -295,6 +298,7 @@ REAL = {  # every one looked at: each is really cut, doubled or damaged in the p
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", REAL)
 def test_the_real_files_have_no_errors_and_no_false_alarms(name: str, shared: Path) -> None:
     found = check.check([shared / "data" / name])
@@ -364,6 +368,7 @@ def test_every_odd_text_is_found_at_its_line_with_its_kind(layout: str) -> None:
     hold_to_the_truth(clean(80), layout, damage.ODD)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "layout"), in_turn(["alpaca_en.json", "alpaca_zh.json", "gsm8k_train.jsonl", "kto_en.json"]))
 def test_every_kind_of_damage_is_found_in_copies_of_real_files(name: str, layout: str, shared: Path) -> None:
     rows = [{key: row[key] for key in row if key != "label"} for row in published_rows(shared / "data" / name)]
@@ -375,6 +380,7 @@ def test_every_kind_of_damage_is_found_in_copies_of_real_files(name: str, layout
     hold_to_the_truth(rows[:80], layout, damage.ODD)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "layout"), in_turn(["dpo_en.json", "dpo_zh.json", "kto_en.json", "toolcall_en.json", "toolcall_zh.json", "c4.jsonl"])
 )
@@ -399,6 +405,7 @@ PAIRS: dict[str, damage.Damage] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "layout"), in_turn(["dpo_en.json", "dpo_zh.json"]))
 def test_damage_of_preference_rows_is_found_in_copies_of_real_files(name: str, layout: str, shared: Path) -> None:
     hold_to_the_truth(published_rows(shared / "data" / name)[:40], layout, PAIRS)
@@ -477,7 +484,7 @@ def test_long_rows_follow_the_policy_of_the_run(policy: str, level: str) -> None
     assert "over-length: 2 of 3 rows have more than max_length=10 tokens; the longest has 31 (a.jsonl:2)" in found["notes"]
 
 
-@settings(deadline=None, max_examples=25)
+@cases(25)
 @given(data=st.data(), layout=st.sampled_from(["array", "lines"]))
 def test_rows_in_are_rows_out_and_rows_removed(data: Any, layout: str) -> None:
     rows = clean(12)

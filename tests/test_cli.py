@@ -8,6 +8,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import unicodedata
 from collections import namedtuple
@@ -109,6 +110,7 @@ def test_help_loads_nothing_heavy_and_names_every_command():
     assert all(f" {name} " in done.stdout for name in ("train", "show", "predict", "chat", "doctor", "options", "data"))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["train", "show", "predict", "chat", "doctor", "options", "data check"])
 def test_every_command_has_help_with_an_example(glmtune, name):
     ended = glmtune(*name.split(), "--help")
@@ -125,7 +127,9 @@ def test_the_version_is_printed(glmtune):
 
 
 def test_train_without_a_run_file(glmtune, tiny_model, rows, tmp_path):
-    ended = glmtune("train", f"model={tiny_model}", f"data={rows}", f"out={tmp_path / 'a'}", "optim.steps=4", "optim.batch_size=4")
+    ended = glmtune(
+        "train", f"model={tiny_model}", f"data={rows}", f"out={tmp_path / 'a'}", "optim.steps=4", "optim.batch_size=4", "samples=[]"
+    )
     assert ended.code == 0 and ended.err == ""
     assert (tmp_path / "a" / "adapter" / "adapter_model.safetensors").is_file()
     said = ended.out
@@ -235,6 +239,7 @@ MODELS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_show_is_right_on_real_data(glmtune, tiny_model, shared, name):
     model = tiny_model if name == "tiny" else name
@@ -359,6 +364,7 @@ def test_predict_names_a_question_that_is_too_long_before_it_starts(glmtune, tin
     assert not (tmp_path / "p.jsonl.part").exists()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -409,6 +415,7 @@ def test_chat_prompt_answers_once(glmtune, trained):
     assert ended.out == visible(package.load(trained).chat("Where?", temperature=0, max_new_tokens=8)) + "\n"
 
 
+@pytest.mark.slow
 def test_chat_with_a_seed_is_reproducible(glmtune, tiny_model):
     def say(*more: object) -> str:
         return glmtune("chat", tiny_model, "--prompt", "Where?", "--temperature", 1.5, "--top-p", 0.95, *SHORT, *more).out
@@ -519,6 +526,7 @@ def test_a_run_a_checkpoint_and_model_with_adapter_are_the_same_model(glmtune, t
     assert say(tiny_model, "--system", SYSTEM) != run
 
 
+@pytest.mark.slow
 def test_the_runs_system_prompt_is_the_default(glmtune, trained, tmp_path):
     ended = glmtune("chat", trained, "--temperature", 0, *SHORT, stdin="/system\n")
     assert f"(system: {SYSTEM})" in ended.out
@@ -532,6 +540,7 @@ def test_the_runs_system_prompt_is_the_default(glmtune, trained, tmp_path):
         assert visible(read(tmp_path / name)[0]["prediction"]) + "\n" == expected
 
 
+@pytest.mark.slow
 def test_a_run_works_after_it_and_its_working_folder_were_moved(glmtune, tiny_model, rows, tmp_path, monkeypatch):
     import shutil
 
@@ -565,6 +574,7 @@ def test_a_run_that_was_never_finished_says_so(glmtune, tmp_path):
 RESULT = ("adapter/adapter_config.json", "checkpoints/step-4/adapter_config.json", "checkpoints/step-8/adapter_config.json")
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -599,6 +609,7 @@ def test_a_run_file_of_another_version_opens(glmtune, trained, tmp_path):
     assert glmtune("chat", run, "--prompt", "Where?", *SHORT).code == 0
 
 
+@pytest.mark.slow
 def test_a_finished_run_without_its_adapter_says_what_it_takes(glmtune, trained, tmp_path):
     import shutil
 
@@ -772,6 +783,23 @@ def interrupted(tiny_model, rows, tmp_path_factory) -> tuple[Path, int, str]:
     return out, process.returncode, err
 
 
+def test_ctrl_c_is_130(glmtune, tiny_model, rows, tmp_path):
+    out, over = tmp_path / "a", threading.Event()
+
+    def press() -> None:
+        while not over.wait(0.005):
+            if (out / "log.jsonl").is_file() and (out / "log.jsonl").read_bytes().count(b"\n") > 2:
+                return os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press).start()
+    given = [f"model={tiny_model}", f"data={rows}", f"out={out}", "optim.steps=3000", "optim.batch_size=2", "samples=[]"]
+    ended = glmtune("train", *given, "save.every_steps=3000")
+    over.set()
+    assert ended.code == 130 and f"glmtune train {out / 'run.yaml'} --resume" in ended.err
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{len(read(out / 'log.jsonl'))}"]
+
+
+@pytest.mark.slow
 def test_ctrl_c_is_130_after_a_checkpoint(interrupted, glmtune):
     out, code, err = interrupted
     assert code == 130 and "Traceback" not in err
@@ -780,11 +808,13 @@ def test_ctrl_c_is_130_after_a_checkpoint(interrupted, glmtune):
     assert glmtune("chat", out, "--prompt", "Where?", *SHORT).code == 0  # what is there can be used
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(interrupted):
     out, _, err = interrupted
     assert f"glmtune train {out / 'run.yaml'} --resume" in err
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["finished.json", "run.yaml"])
 def test_killed_while_a_small_file_was_written_can_still_be_resumed(glmtune, tiny_model, rows, tmp_path, monkeypatch, name):
     """The process ends in the middle of writing it, under its temporary name; --resume with the same settings goes on."""
@@ -845,6 +875,7 @@ def refused(glmtune, place: Place, said: str, *arguments: object) -> None:
     assert files(place.folder) == before and not (place.folder / "out").exists()
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -898,6 +929,7 @@ BAD_ROWS = {
 }  # fmt: skip
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("name", BAD_ROWS)
 def test_a_bad_row_is_named(glmtune, place, name):
     lines, said = BAD_ROWS[name]
@@ -936,6 +968,7 @@ def cut(path: Path, share: float = 0.5) -> None:
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
 )
@@ -963,6 +996,7 @@ def test_half_an_index_of_shards_is_told(glmtune, place, text):
     refused(glmtune, place, "model.safetensors.index.json", "train", *GIVEN)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "header",
     [
@@ -1047,6 +1081,7 @@ def test_a_temperature_that_is_no_number_is_refused(glmtune, place):
     refused(glmtune, place, "temperature", "chat", "model", "--prompt", "x", "--temperature", "nan")
 
 
+@pytest.mark.slow
 def test_a_wrong_run_is_refused_in_three_seconds(place):
     """As a process, with everything that has to be imported; the model is not loaded. Processor time, so that load does not count."""
     place.rows(*BAD_ROWS["empty answer"][0])
@@ -1056,6 +1091,7 @@ def test_a_wrong_run_is_refused_in_three_seconds(place):
     assert after.children_user + after.children_system - before.children_user - before.children_system < 3
 
 
+@pytest.mark.slow
 def test_predict_joins_instruction_and_input_as_it_was_trained(glmtune, tiny_model, tmp_path):
     data = tiny.write_rows(tmp_path / "rows.jsonl", [{"instruction": "the cat", "input": "the sea", "output": "a mat"}] * 4)
     given = [f"model={tiny_model}", f"data={data}", f"out={tmp_path / 'run'}", *QUICK, 'join=" ## "']
@@ -1119,6 +1155,7 @@ def test_variables_are_filled_in_all_texts_of_a_run(tiny_model, tmp_path, monkey
     assert loaded.template.prompt(asked) == learned.ids[: len(loaded.template.prompt(asked))]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("option", ["eval.data", "samples"])
 def test_rows_that_cannot_be_used_name_their_option(glmtune, tiny_model, rows, tmp_path, option):
     cases = {

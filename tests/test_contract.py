@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from glmtune import batch, families, plan, run, stages, tokenise
@@ -31,6 +31,7 @@ from glmtune.training import train
 from glmtune.world import World
 
 from . import published, tiny
+from .cases import cases
 
 # --- rows are whole -----------------------------------------------------------------------------------------------------------
 
@@ -54,7 +55,7 @@ def template(tiny_model: Path):
     return families.open_template(tiny_model, "auto")
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@cases(60, derandomize=True)
 @given(
     rows=preference_rows(),
     policy=st.sampled_from(POLICIES),
@@ -88,7 +89,7 @@ def test_a_pair_is_whole_in_every_step(tmp_path_factory, template, rows, policy,
     assert sorted(seen) == list(range(chosen.num_rows))
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@cases(80, derandomize=True)
 @given(
     groups=st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=3), min_size=1, max_size=12),
     room=st.integers(8, 120),
@@ -121,6 +122,7 @@ def test_a_chat_whose_history_is_context_is_one_row(tmp_path):
     assert made.examples.sequences_of([1]) == [[3, 4, 5]]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_under_every_policy_a_row_of_several_sequences_is_whole_or_left_out(tmp_path, policy):
     published.FAMILIES["chatglm2-6b"](tmp_path / "m")
@@ -167,7 +169,7 @@ def rows_with_columns(draw: st.DrawFn) -> list[list[Example]]:
     return rows
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@cases(50, derandomize=True)
 @given(blocks=st.lists(rows_with_columns(), min_size=1, max_size=3))
 def test_a_store_gives_every_column_back(tmp_path_factory, blocks):
     made, number = [], 0
@@ -212,6 +214,7 @@ print(json.dumps([example.columns for example in Store.open(Path(sys.argv[1]))])
 """
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("stage", ROWS)
 def test_labels_references_and_other_keys_come_back_in_another_process(tiny_model, tmp_path, monkeypatch, stage):
     monkeypatch.setenv("GLMTUNE_CACHE", str(tmp_path / "cache"))
@@ -309,6 +312,7 @@ def same(one: tuple[Any, Any], two: tuple[Any, Any]) -> None:
         torch.testing.assert_close(gradients2[name], tensor, rtol=2e-4, atol=2e-6)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("path", ["fused", "modules"])
 def test_the_cut_into_micro_batches_changes_no_gradient(twofold, tiny_model, rows_file, tmp_path, monkeypatch, path):
     """1 x 8 rows = 4 x 2 = 2 + 6, of a stage with two denominators."""
@@ -356,6 +360,7 @@ class Thread(World):
             parameter.grad = total
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("count", [8, 2])  # fewer rows than processes: one computes fillers only
 def test_ranks_that_share_a_step_have_the_gradient_of_one(twofold, tiny_model, rows_file, tmp_path, size, count):
@@ -419,6 +424,7 @@ def test_a_term_named_like_a_column_of_the_log_is_refused(twofold, tiny_model, r
         train(options(tiny_model, rows_file, tmp_path / "out", "optim.steps=1"))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("more", [[], ["method.dora=true"], ["method=full"]], ids=["fused", "modules", "full"])
 def test_logps_are_those_of_plain_transformers_and_pass_gradients(tiny_model, rows_file, tmp_path, more):
     """[N] log-probabilities on every path, and the gradient of any function of them."""

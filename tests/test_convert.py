@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from glmtune import check, convert
@@ -13,6 +13,7 @@ from glmtune.errors import UserError
 from glmtune.records import Example
 
 from . import tiny
+from .cases import cases
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +64,7 @@ ROWS: dict[str, dict] = {
 NOT_ALPACA = ("messages", "tools", "text and call")
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("to", ["messages", "sharegpt", "alpaca"])
 @pytest.mark.parametrize("name", ROWS)
 def test_a_row_in_another_form_is_the_same_record(name: str, to: str) -> None:
@@ -101,7 +103,7 @@ def test_the_written_rows_are_those_that_others_read() -> None:
     assert json.loads(said["tools"]) == TOOLS
 
 
-@settings(deadline=None, max_examples=30)
+@cases(30)
 @given(
     texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip), min_size=1, max_size=5),
     system=st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=5),
@@ -142,6 +144,7 @@ def test_what_has_no_place_is_an_error_and_nothing_is_written() -> None:
         convert.convert(["in.jsonl"], "messages", "out.jsonl")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["messages", "sharegpt"])
 @pytest.mark.parametrize(
     "name",

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -23,8 +23,9 @@ from glmtune.errors import UserError
 from glmtune.families import weights
 from glmtune.tensors import read_tensors
 from tests import published, tiny
+from tests.cases import cases
 
-MANY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MANY = cases(60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +118,7 @@ HEADERS: dict[str, Change] = {
 }  # fmt: skip
 
 
+@pytest.mark.few(16)
 @pytest.mark.parametrize("how", HEADERS)
 @pytest.mark.parametrize("family", ["llama", "chatglm2-6b"])
 def test_a_header_that_the_format_does_not_allow_is_refused(bases: dict[str, Path], tmp_path: Path, how: str, family: str):
@@ -286,6 +288,7 @@ def test_an_alignment_that_torch_never_writes_is_refused(tmp_path: Path, alignme
 # --- configs and tokenizers -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])
 @pytest.mark.parametrize(
     "value", ["flash_attention_2", "flash_attention_3", "flex_attention", "no_such", {"": "flash_attention_2"}]
@@ -353,6 +356,7 @@ def damage(folder: Path, file: str, seed: int) -> str:
 CASES = [("llama", file, 8) for file in KNOWN] + [("chatglm2-6b", "config.json", 6), ("chatglm-6b", "config.json", 6), ("baichuan2-7b-chat", "generation_config.json", 4)]  # fmt: skip
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("more", [0, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("family", "file", "count"), CASES)
 def test_a_file_with_one_thing_changed_is_opened_or_named(
@@ -370,6 +374,7 @@ def test_a_file_with_one_thing_changed_is_opened_or_named(
         shutil.rmtree(folder)
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize(
     ("file", "key", "value"),
     [

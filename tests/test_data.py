@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from glmtune import data, forms
 from glmtune.errors import UserError
 from glmtune.records import Conversation, Document, Turn
+
+from .cases import cases
 
 
 @dataclass
@@ -229,6 +231,7 @@ def test_variables_fill_tool_calls_and_schemas() -> None:
     assert found[1].extra == {"tool_calls": [{"name": "w", "arguments": {"of": ["Nova", 1]}}]}
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("depth", [250, 600, 950, 970, 985, 1000, 3000])
 @pytest.mark.parametrize("opening", ["[", '{"a":'])
 def test_no_depth_of_nesting_is_more_than_a_bad_row(depth: int, opening: str) -> None:
@@ -318,7 +321,7 @@ def as_csv(rows: list[dict], gap: int) -> str:
     return sheet.getvalue()
 
 
-@settings(deadline=None, max_examples=60)
+@cases(60)
 @given(
     rows=ROWS,
     gap=st.integers(0, 2),
@@ -516,7 +519,7 @@ def conversations(start: int, stop: int) -> list[Conversation]:
     return [Conversation((Turn("user", f"q{i}"), Turn("assistant", f"a{i}"))) for i in range(start, stop)]
 
 
-@settings(deadline=None, max_examples=30)
+@cases(30)
 @given(share=st.floats(0.05, 0.6), more=st.integers(1, 200))
 def test_rows_added_later_move_no_row_between_train_and_dev(share: float, more: int) -> None:
     few, many = conversations(0, 200), conversations(0, 200 + more)
@@ -564,6 +567,7 @@ def test_importing_data_is_light() -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_real_files_load(shared: Path) -> None:
     for name, count, form in (
         ("alpaca_en.json", 600, "alpaca"),

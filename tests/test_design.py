@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from glmtune import cli, data, design
@@ -20,6 +20,7 @@ from glmtune.errors import UserError
 from glmtune.run import Source, load_run
 
 from . import tiny
+from .cases import cases
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "design"
 NAMES = ("reviews", "entities", "events")
@@ -80,8 +81,9 @@ def records(draw: st.DrawFn, schema: Schema) -> design.Record:
     }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("name", "language"), SCHEMAS)
-@settings(max_examples=100, deadline=None, derandomize=True)
+@cases(100, derandomize=True)
 @given(st.data())
 def test_parse_inverts_render_strictly_under_every_design(name, language, data):
     schema = SCHEMAS[name, language]
@@ -94,6 +96,7 @@ def test_parse_inverts_render_strictly_under_every_design(name, language, data):
         assert (got.how, got.record) == ("strict", record), (one.name, text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_example_becomes_rows_that_data_reads(name, tmp_path):
     schema = SCHEMAS[name, "zh"]
@@ -296,6 +299,7 @@ def test_a_key_that_stands_twice_is_said():
     assert "'sentiment' stands twice: the first is taken" in got.problems
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "piece", tiny.slow_but([" ", "not "], [" ", "{", "(", "taste (", '\\"', "“,", ',"', '{"a":', "not ", "1.0"])
 )
@@ -322,7 +326,7 @@ def test_under_omit_a_placeholder_says_that_nothing_is_mentioned():
         assert got.how == "soft" and set(got.record.values()) == {None}
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@cases(60, derandomize=True)
 @given(st.data())
 def test_no_answer_breaks_the_parser(data):
     pieces = st.sampled_from([*TRAPS, "口味", "服务", "正面", "负面", '{"方面": ', '"情感": ', "1", "-2", "null", "true"])

@@ -145,11 +145,11 @@ def write_named(page: Path) -> None:
 # --- what the pages promise --------------------------------------------------------------------------------------------------
 
 
-# migrating.md has over fifty commands; the fast suite imports its run files only, below
-LONG = [pytest.param(page, marks=pytest.mark.slow) if page.name == "migrating.md" else page for page in ENGLISH]
-
-
-@pytest.mark.parametrize("page", LONG, ids=ids)
+@pytest.mark.parametrize(
+    "page",
+    tiny.slow_but([ROOT / f"docs/{name}.md" for name in ("quickstart", "watching", "python")], ENGLISH),
+    ids=ids,
+)
 def test_every_command_works(page, place, monkeypatch, capsys):
     write_named(page)
     found = steps(page)
@@ -220,6 +220,7 @@ def test_every_yaml_block_is_accepted(page, tmp_path):
             load_run(tmp_path / "run.yaml", model="m", data="train.json", out="o")
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("page", ENGLISH, ids=ids)
 def test_every_row_is_read(page, tmp_path):
     found = blocks(page)

@@ -13,6 +13,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 RUNS = sorted(EXAMPLES.rglob("*.yaml"))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: str(path.relative_to(EXAMPLES)))
 def test_an_example_trains_two_steps(path, tiny_model, tmp_path):
     run = load_run(path, [f"model={tiny_model}", f"out={tmp_path / 'run'}", "optim.steps=2", "samples=[]", "max_length=4096"])

@@ -88,6 +88,7 @@ def test_gradients_are_the_published_ones(golden: Golden):
     model.zero_grad()
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("batch", ["gen1", "gen3_leftpad"])
 def test_greedy_tokens_are_the_published_ones(golden: Golden, batch: str, use_cache: bool):
@@ -128,7 +129,7 @@ def test_a_learned_prefix_in_the_cache_gives_the_published_logits(golden: Golden
         assert (out.logits - golden.tensors[f"ptuning_proj{number}.{name}.logits"])[valid].abs().max() <= 2e-5
 
 
-@pytest.fixture(scope="module", params=tiny.slow_but(["chatglm1", "chatglm3"], ["chatglm1", "chatglm2", "chatglm3", "glm4"]))
+@pytest.fixture(scope="module", params=tiny.slow_but(["chatglm3"], ["chatglm1", "chatglm2", "chatglm3", "glm4"]))
 def recorded(request: pytest.FixtureRequest, goldens: Path) -> tuple[str, dict[str, Any], Any, Any]:
     """(family, recorded facts, tokenizer, template) of a published tokenizer."""
     folder = goldens.parent / "tokenizers" / request.param
@@ -138,6 +139,7 @@ def recorded(request: pytest.FixtureRequest, goldens: Path) -> tuple[str, dict[s
     return request.param, facts, *families.load_tokenizer(folder)
 
 
+@pytest.mark.few(1)
 def test_text_becomes_the_published_ids_and_never_a_special_one(recorded):
     _, facts, tokenizer, template = recorded
     assert len(tokenizer) == facts["len"] and tokenizer.padding_side == "left"
@@ -182,6 +184,7 @@ def made(tmp_path_factory: pytest.TempPathFactory):
 QUESTION = [{"role": "user", "content": "Where is the cat? 你好\n  in  the sea"}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", tiny.slow_but(["chatglm-6b", "chatglm3-6b", "internlm2-chat-7b", "baichuan2-13b-chat"], published.FAMILIES)
 )
@@ -211,6 +214,7 @@ def test_trained_merged_exported_reloaded_and_asked(name: str, made, tmp_path: P
     assert not (folder / "RAN").exists()
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", published.FAMILIES)
 def test_the_laws_of_a_chat_format(name: str, made):
     """A prompt is a prefix of its training sequence; each learned answer and its end mark are learned, nothing else; user text stays
@@ -259,6 +263,7 @@ def test_a_named_format_on_a_tokenizer_without_its_marks_says_which_are_missing(
 # --- files ----------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("form", "shards"), [("safetensors", 3), ("bin", 1), ("bin", 3), ("old", 1), ("old", 2)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_file_form_gives_the_same_weights(form: str, shards: int, dtype: str, tmp_path: Path):
@@ -411,6 +416,7 @@ def quantise(tensors: dict[str, Tensor], bits: int) -> dict[str, Tensor]:
     return made
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("make", [published.chatglm1, lambda folder: published.glm(folder, "THUDM/chatglm2-6b")])
 def test_published_quantised_weights_are_read(make, bits: int, tmp_path: Path):
@@ -462,6 +468,7 @@ GLM4 = published_config("THUDM/glm-4-9b", num_layers=40, padded_vocab_size=15155
 QKV = ["q_proj", "k_proj", "v_proj"]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("config", "targets", "share", "count"),
     [
@@ -474,6 +481,7 @@ def test_trainable_counts_at_the_published_sizes(config, targets, share: bool, c
     assert counted(config, Lora(rank=8, targets=targets, share_a=share)) == count
 
 
+@pytest.mark.slow
 def test_a_shared_a_is_one_matrix_in_training_and_three_equal_ones_in_the_file(made, tmp_path: Path):
     from peft import PeftModel
 
@@ -522,6 +530,7 @@ def test_the_gradient_of_a_shared_a_is_the_sum_of_its_parts(tiny_model: Path):
 # --- what MODEL is --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", published.FAMILIES)
 def test_doctor_says_what_a_folder_is(name: str, made):
     from glmtune import doctor
@@ -620,6 +629,7 @@ def test_files_of_another_tokenizer_are_refused(name: str, made, tmp_path: Path)
         families.open_template(folder)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", published.FAMILIES)
 @pytest.mark.parametrize("value", [None, "x", *(pytest.param(odd, marks=pytest.mark.slow) for odd in (0, -1, [], {}))])
 def test_a_config_that_makes_no_sense_is_an_error_for_people(name: str, value: Any, made, tmp_path: Path):

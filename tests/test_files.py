@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from glmtune import cli, files, training
@@ -20,6 +20,7 @@ from glmtune.importing import import_adapter
 from glmtune.run import load_run
 
 from . import tiny
+from .cases import cases
 
 ROWS = [{"instruction": f"Where is the cat {i}? " + "so " * 40, "output": "On the mat. " * 10} for i in range(20)]
 
@@ -43,7 +44,7 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 # --- the door ---------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
+@cases(30)
 @given(st.binary(max_size=3000), st.integers(0, 3000), st.booleans())
 def test_a_file_is_whole_or_as_it_was(tmp_path_factory, content, size, there):
     folder = tmp_path_factory.mktemp("f")
@@ -60,7 +61,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path_factory, content, size, there):
         assert tree(folder) == {"a": content}
 
 
-@settings(max_examples=30, deadline=None)
+@cases(30)
 @given(
     st.text(max_size=500).map(lambda text: text.encode("utf-8", "replace").decode()),
     st.text("ab", max_size=500),
@@ -214,6 +215,7 @@ def disturbed(command: str, place: Path, folder: Path, capsys, monkeypatch, undi
     assert results(there) == undisturbed[command]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("size", tiny.slow_but([3000], [0, 10, 400, 3000, 20_000, 60_000, 150_000]))
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_limit_on_the_size_of_files(command, size, place, tmp_path, capsys, monkeypatch, undisturbed):
@@ -234,6 +236,7 @@ def filled(folder: Path) -> Iterator[None]:
         file.unlink()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("command", tiny.slow_but(["fix", "convert", "tokenize", "mix"], COMMANDS))
 def test_a_full_disk(command, place, tmp_path, capsys, monkeypatch, undisturbed):
     disk = tmp_path / "work"

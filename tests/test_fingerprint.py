@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from glmtune.errors import UserError
 from glmtune.families.fingerprint import fingerprint
+
+from .cases import cases
 
 
 def changed(source: Path, to: Path, change) -> Path:
@@ -23,7 +25,7 @@ def changed(source: Path, to: Path, change) -> Path:
     return to
 
 
-@settings(max_examples=10, deadline=None)
+@cases(10)
 @given(st.data())
 def test_every_number_counts(tiny_model, tmp_path_factory, data):
     def change(tensors):

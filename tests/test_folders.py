@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -16,9 +16,10 @@ from torch import Tensor
 from glmtune import export, families
 from glmtune.errors import UserError
 from tests import published, tiny
+from tests.cases import cases
 
 IDS = torch.tensor([[5, 9, 40, 7, 61, 12, 33, 80]])
-QUIET = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUIET = cases(12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def qwen(folder: Path, **changes: Any) -> Path:
@@ -144,6 +145,7 @@ def test_a_folder_computes_what_transformers_computes_on_it(
     assert families.num_parameters(folder) == count
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
 @pytest.mark.parametrize("head", ["one", "equal", "absent"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -155,6 +157,7 @@ def test_an_export_computes_what_the_folder_computed(bases: dict[str, Path], tmp
     assert json.loads((to / "config.json").read_text()).get("tie_word_embeddings", True) == (head != "one")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("head", ["one", "equal", "absent", "alone"])
 @pytest.mark.parametrize("stored", DTYPES)
 def test_a_gguf_file_has_the_head_that_the_folder_has(bases: dict[str, Path], tmp_path: Path, head: str, stored: torch.dtype):
@@ -171,6 +174,7 @@ def test_a_gguf_file_has_the_head_that_the_folder_has(bases: dict[str, Path], tm
         assert torch.equal(found["output.weight"].view(352, 32), tensors["lm_head.weight"].float())
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_packing_keeps_the_head(bases: dict[str, Path], tmp_path: Path, kind: str, family: str):
@@ -181,6 +185,7 @@ def test_packing_keeps_the_head(bases: dict[str, Path], tmp_path: Path, kind: st
     assert torch.equal(model.lm_head.weight, tensors_of(folder)["lm_head.weight"].bfloat16())
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "name", ["chatglm-6b", "chatglm2-6b", "internlm2-chat-7b", "baichuan-7b", "baichuan2-7b-chat", "baichuan-13b-chat"]
 )
@@ -251,6 +256,7 @@ def saved(folder: Path, tensors: dict[str, Tensor], form: str, index: bool = Tru
 FORMS = ("whole safetensors", "shards safetensors", "whole bin", "shards bin")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("first", range(4))
 @pytest.mark.parametrize("second", range(4))
 def test_of_two_sets_of_weights_every_dtype_reads_the_one_that_transformers_reads(
@@ -265,6 +271,7 @@ def test_of_two_sets_of_weights_every_dtype_reads_the_one_that_transformers_read
         assert torch.equal(logits(families.load_model(folder, dtype=dtype, device="cpu")), plain(folder, dtype))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("form", ["shards safetensors", "shards bin"])
 def test_shards_without_an_index_are_one_model_in_every_dtype(bases: dict[str, Path], tmp_path: Path, form: str):
     folder = copied(bases["llama"], tmp_path / "m")
@@ -292,6 +299,7 @@ def test_embeddings_with_other_rows_than_the_config_says_are_named_with_both_siz
         families.load_model(folder, dtype=dtype, device="cpu")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "extra",
@@ -334,6 +342,7 @@ def test_a_file_reads_back_whatever_its_bits_are(tmp_path_factory: pytest.TempPa
             compare({"a": torch.full_like(tensors["a"], 2.5)}, path)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "model.embed_tokens.weight"])
 @pytest.mark.parametrize("to", ["to", "to.gguf"])
@@ -347,6 +356,7 @@ def test_what_is_no_number_is_not_exported(bases: dict[str, Path], tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("to", ["to", "to.gguf"])
 def test_what_fp16_cannot_hold_is_not_exported_as_infinity(bases: dict[str, Path], tmp_path: Path, to: str):
     folder = copied(bases["llama"], tmp_path / "m")
@@ -358,6 +368,7 @@ def test_what_fp16_cannot_hold_is_not_exported_as_infinity(bases: dict[str, Path
     export.export(folder, tmp_path / "fine", dtype="bf16")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_no_number_is_not_packed(bases: dict[str, Path], tmp_path: Path, kind: str, value: float):
@@ -451,6 +462,7 @@ def test_the_tokenizer_of_an_adapter_must_fit_the_model_too(short: Path, tmp_pat
 # --- what is said of a model ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["chatglm-6b", "chatglm2-6b", "chatglm3-6b", "glm-4-9b-chat", "qwen2.5"])
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_fp16_is_warned_of_where_activations_pass_it(name: str, precision: str, tmp_path: Path):

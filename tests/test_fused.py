@@ -69,6 +69,7 @@ def packed(segments, width=48):
 SEGMENTS = [5, 1, 40, 13, 38, 7]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("num_key_value_heads", [12, 4, 3])
 def test_equals_the_models_own_modules(family, num_key_value_heads):
@@ -80,6 +81,7 @@ def test_equals_the_models_own_modules(family, num_key_value_heads):
     assert_close(mine[1], theirs[1], 1e-4)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("changes", [
     dict(attention_bias=True, mlp_bias=True),
     dict(rope_parameters=dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
@@ -103,6 +105,7 @@ def test_long_segments_are_cut_into_query_blocks():
     assert_close(mine[1], theirs[1], 1e-4)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "targets", [("q_proj", "v_proj"), ("down_proj",), ("1.self_attn.o_proj", "2.mlp.up_proj"), ("0.mlp.gate_proj",)]
 )
@@ -132,6 +135,7 @@ def test_a_switched_off_adapter_is_not_computed():
     assert_close([mine], [theirs], 1e-5)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_bf16_errs_no_more_than_the_modules_with_an_fp32_residual_stream(family):
     ids, probe = packed(SEGMENTS)
@@ -149,6 +153,7 @@ def test_bf16_errs_no_more_than_the_modules_with_an_fp32_residual_stream(family)
     assert error(mine).mean() <= 1.5 * error(theirs).mean() < 0.15
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_input_gives_the_same_bits(dtype):
     model = tiny(dtype=dtype)

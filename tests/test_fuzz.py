@@ -20,6 +20,20 @@ def fuzzed(*options: object) -> None:
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-3000:]
 
 
+@pytest.mark.few(1)
+@pytest.mark.parametrize("kind", fuzz.KINDS)
+def test_some_damage_breaks_no_law(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("GLMTUNE_CACHE", str(tmp_path / "cache"))
+    fuzz.load_everything()
+    (tmp_path / "valid").mkdir()
+    valid = fuzz.Valid(tmp_path / "valid")
+    for number in range(2):
+        case = fuzz.Case(kind, 0, number, valid, tmp_path / str(number))
+        case.folder.mkdir()
+        assert fuzz.broken(case) is None, case.steps
+
+
+@pytest.mark.slow
 def test_some_damage_of_every_kind_breaks_no_law():
     fuzzed("--cases", 5, "--seed", 0)
 
@@ -38,6 +52,7 @@ def trace() -> None:
     raise KeyError("x")
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("action", "broken"),
     [

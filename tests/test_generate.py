@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -21,6 +21,7 @@ from glmtune.generate import Sampling
 from glmtune.loaded import Loaded
 
 from . import published, tiny
+from .cases import cases
 
 QUESTIONS = ["Where is the cat?", "a", "The sea and the mat, and what the user said about 42?", "你好", "Where is the answer now?"]
 
@@ -79,6 +80,7 @@ def scripted(template: Any, tokens: list[int], question: str = "x") -> Loaded:
 # --- the cache and the padding change nothing ----------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("question", QUESTIONS[:3])
 def test_cached_decoding_is_argmax_over_full_forwards(loaded, question):
     prompt = loaded.template.prompt(ask(question))
@@ -270,7 +272,7 @@ def seen(written: torch.Tensor, size: int) -> torch.Tensor:
     return torch.zeros(len(written), size, dtype=torch.bool).scatter_(1, written, True)
 
 
-@settings(max_examples=150, deadline=None)
+@cases(150)
 @given(
     st.integers(0, 10_000),
     st.integers(2, 40),
@@ -292,6 +294,7 @@ def test_top_k_and_repetition_penalty_are_those_of_transformers(seed, size, temp
     assert torch.equal(made > 0, wanted > 0) or temperature < 0.5  # there fp32 loses the smallest
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "how", [{"do_sample": False, "repetition_penalty": 1.3}, {"do_sample": True, "top_k": 1, "repetition_penalty": 1.7}]
 )
@@ -350,12 +353,14 @@ def test_published_settings_are_used(tiny_model, tmp_path, found, wanted):
     assert not said
 
 
+@pytest.mark.slow
 def test_a_published_temperature_of_zero_is_greedy(tiny_model, tmp_path):
     model = glmtune.load(publish(tiny_model, tmp_path / "m", do_sample=True, temperature=0.0), dtype=torch.float32)
     assert len({model.chat("Where?", max_new_tokens=16) for _ in range(4)}) == 1
     assert model.chat("Where?", max_new_tokens=16) == model.chat("Where?", temperature=0, max_new_tokens=16)
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("name", ["temperature", "top_p", "top_k", "repetition_penalty", "do_sample"])
 @pytest.mark.parametrize(
     "value", ["x", "0.5", True, [], {}, -1, float("nan"), float("inf"), 10**400, -(10**400)], ids=lambda value: repr(value)[:8]
@@ -436,6 +441,7 @@ def broken(folder: Path, tiny_model: Path, value: float) -> Path:
     return folder
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("temperature", ["0", "0.7"])
 def test_numbers_that_are_not_finite_are_told(tiny_model, tmp_path, capsys, value, temperature):

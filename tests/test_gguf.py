@@ -147,18 +147,21 @@ def same_tensors(model: Any, path: Path, outtype: str) -> None:
             assert torch.equal(found, tensor.to(cast).float()), name
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("outtype", gguf.OUTTYPES)
 def test_weights_come_back(tiny_model: Path, tmp_path: Path, outtype: str):
     path = export(tiny_model, tmp_path / "x.gguf", outtype=outtype)
     same_tensors(families.load_model(tiny_model, dtype="fp32", device="cpu"), path, outtype)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["internlm-chat-7b", "internlm2-chat-7b", "baichuan2-7b-chat", "qwen2.5", "qwen3"])
 def test_weights_of_published_families_come_back(made, name: str, tmp_path: Path):
     path = export(made(name), tmp_path / "x.gguf", outtype="f32")
     same_tensors(families.load_model(made(name), dtype="fp32", device="cpu"), path, "f32")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["glm", "glm4", "mistral"])
 def test_weights_of_native_classes_come_back(kind: str, tmp_path: Path):
     model = random(kind)
@@ -179,6 +182,7 @@ def test_rows_that_q8_0_cannot_hold_stay_f16_and_it_is_said(tiny_model: Path, tm
     assert any("2 matrices stay f16" in line for line in said)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_merged(tiny_model: Path, tmp_path: Path):
     data = tiny.write_rows(tmp_path / "rows.jsonl", tiny.rows(8))
     settings = [f"model={tiny_model}", f"data={data}", f"out={tmp_path / 'run'}", "optim.steps=3", "optim.lr=0.05"]
@@ -308,6 +312,7 @@ def test_marks_that_are_plain_words_get_brackets(made, tmp_path: Path):
     assert ends == [2, template.tokens.special["<|user|>"], template.tokens.special["<|observation|>"]] == template.stop_ids
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("scheme, blank", [("first", False), ("always", True), ("never", False)])
 def test_newer_sentencepiece_tokenizers_write_their_blank_where_chats_do(made, tmp_path: Path, scheme: str, blank: bool):
     """`first`: behind `<s>`, with which the chat begins, there is none; llama.cpp knows both places or neither."""

@@ -300,6 +300,7 @@ def test_damaged_on_the_way(tmp_path, wire, says):
     assert not (work / "model.safetensors").exists() and not (work / "model.safetensors.part").exists()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "name", ["../x.json", "/etc/x.json", "a\\..\\x.json", "C:x.json", "a/../../x.json", "a//b.json", "x\n.json"]
 )

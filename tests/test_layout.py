@@ -122,6 +122,7 @@ def test_every_file_has_its_place():
     assert set(FILES) == set(ORDER)
 
 
+@pytest.mark.few(30)
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_a_file_imports_only_from_those_above_it(name):
     below = set(ORDER[ORDER.index(name) :]) - {name}
@@ -131,6 +132,7 @@ def test_a_file_imports_only_from_those_above_it(name):
 LIGHT = ["glmtune", "glmtune.cli", "glmtune.run", "glmtune.data", "glmtune.chat", "glmtune.plan", "glmtune.check"]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", LIGHT)
 def test_light_modules_pull_nothing_heavy(name):
     code = (

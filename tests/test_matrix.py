@@ -146,6 +146,7 @@ def logits(model: Any, ids: list[int]) -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("method", "family", "precision"), [pytest.param(*case, marks=[] if case in SAMPLE else pytest.mark.slow) for case in ALL]
 )

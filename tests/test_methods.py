@@ -123,6 +123,7 @@ def test_disabled_is_the_base_and_ends_by_itself(tiny_model):
 # --- targets ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("targets", "count"),
     [
@@ -148,6 +149,7 @@ def test_the_head_and_the_embedding_are_no_targets(tiny_model):
     assert {name.split(".")[-1] for name in families.linear_names(tiny_model)} == set(LEAVES)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("target", ["query_key_value", "q_porj", "proj", "lm_head", "(", ""])
 def test_a_target_that_matches_nothing_lists_the_names(tiny_model, target):
     with pytest.raises(UserError) as error:
@@ -311,6 +313,7 @@ def test_an_adapter_without_some_of_its_layers_is_refused(tiny_model, saved):
     assert "layers.1.self_attn.q_proj" in refused(tiny_model, change(saved, edit))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
 def test_tensors_that_are_no_ordinary_numbers_are_refused(tiny_model, saved, kind):
     assert "an adapter's tensors are" in refused(
@@ -318,6 +321,7 @@ def test_tensors_that_are_no_ordinary_numbers_are_refused(tiny_model, saved, kin
     )
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("saved_modules", [["embed_tokens"], ["lm_head"], ["norm"], ["mlp"]])
 def test_whole_modules_of_peft_are_loaded_or_refused(tmp_path, saved_modules):
     """Of tied weights PEFT trains one side apart: then it is refused; everything else gives PEFT's logits."""
@@ -362,6 +366,7 @@ def test_a_refused_prefix_leaves_the_one_that_is_on(tiny_model, tmp_path):
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("alpha", "zero"), [(0, "B"), (16, "A")])
 def test_an_adapter_without_effect_is_known(tiny_model, saved, alpha, zero):
     config = json.loads((saved / "adapter_config.json").read_text())
@@ -381,12 +386,14 @@ def test_half_a_file_is_told(tiny_model, saved):
     assert "is cut short or damaged" in refused(tiny_model, saved)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("text", ["", '{"peft_type": "LORA", "r": 4', '{"peft_type": "LORA", "r": 4}', "[]"])
 def test_a_broken_adapter_config_is_told(tiny_model, saved, text):
     (saved / "adapter_config.json").write_text(text)
     assert "adapter_config.json" in refused(tiny_model, saved)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
@@ -427,6 +434,7 @@ class Trap:
         return Path.touch, (self.marker,)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt", "adapter_model.safetensors"])
 def test_a_pickled_adapter_is_never_opened(tiny_model, saved, tmp_path, name):
     (saved / "adapter_model.safetensors").unlink()
@@ -458,6 +466,7 @@ def test_a_disk_that_lies_is_found_when_saving(tiny_model, tmp_path, monkeypatch
 # --- full tuning --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_fully_tuned_folder_opens_in_plain_transformers(tiny_model, tmp_path, tied):
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -42,6 +42,7 @@ def same(one: Path, other: Path) -> None:
         torch.testing.assert_close(here[name], there[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["lora", "prefix", "full"])
 def test_a_run_that_was_stopped_goes_on(old, capsys, method):
     code, _, told = run(capsys, "train", f"{method}-stopped/run.yaml", "--resume")
@@ -50,6 +51,7 @@ def test_a_run_that_was_stopped_goes_on(old, capsys, method):
     same(old / f"{method}-stopped" / result, old / method / result)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "what", ["lora", "prefix", "full", "lora-stopped", "prefix-stopped/checkpoints/step-2", "merged", "full/model"]
 )
@@ -58,6 +60,7 @@ def test_what_was_trained_answers(old, capsys, what):
     assert code == 0 and answer, told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["lora", "prefix"])
 def test_a_base_that_is_gone_cannot_be_told_from_another(old, capsys, what):
     """Those of 0.3.0 have no fingerprint: said, as the recorded folder is on another machine."""
@@ -77,6 +80,7 @@ def test_an_export_is_what_the_run_computes_now(old, capsys):
     assert families.fingerprint(old / "merged")
 
 
+@pytest.mark.slow
 def test_an_adapter_goes_on_and_is_mixed_and_brought_over(old, capsys):
     for arguments in (
         ["train", "model=model", "data=rows.jsonl", "out=on", "method.start=lora", "optim.steps=1", "samples=[]", "report_to=[]"],

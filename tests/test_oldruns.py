@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from glmtune import oldruns, options, sources
 from glmtune.errors import UserError
 from glmtune.oldfiles import ALIASES, DEFAULTS, EFFICIENT, LLAMA_FACTORY, MARKS, NO_COUNTERPART, NOT_NEEDED, TRAINING_ARGUMENTS
 from glmtune.run import Run
+
+from .cases import cases
 
 LF: dict[str, Any] = {
     "model_name_or_path": "Qwen/Qwen2.5-0.5B-Instruct", "stage": "sft", "do_train": True, "finetuning_type": "lora", "dataset": "ours",
@@ -186,6 +188,7 @@ EMPTY = ("learning_rate", "lora_rank", "per_device_train_batch_size", "gradient_
          "finetuning_type", "lr_scheduler_type", "save_steps", "dataset_dir")  # fmt: skip
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("name", EMPTY)
 @pytest.mark.parametrize("value", [None, "", " none", []])
 def test_empty_means_the_old_tools_default(name, value):
@@ -473,6 +476,7 @@ def test_several_commands_in_one_file():
     )
 
 
+@pytest.mark.few(15)
 @pytest.mark.parametrize(
     "old, said",
     [
@@ -530,6 +534,7 @@ def test_what_is_no_training_is_refused_with_the_way_out(old, said):
     assert not Path("new.yaml").exists()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "name, content, said",
     [
@@ -682,7 +687,7 @@ def foreign_files(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     return tool, tree
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@cases(80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(foreign_files(), st.sampled_from(["old.yaml", "old.json"]))
 def test_a_file_of_another_tool_is_refused_as_what_it_looks_like(file, name):
     tool, tree = file
@@ -692,7 +697,7 @@ def test_a_file_of_another_tool_is_refused_as_what_it_looks_like(file, name):
         assert tool in said
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@cases(100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.sampled_from([*sorted(TRAINING_ARGUMENTS), "stage", "dataset", "template", "lora_rank", "data_path", "strange"]),
                        st.sampled_from([1, "x", True]), max_size=6),
        st.sampled_from(["model", "base_model", "model_id_or_path", "pretrain"]))  # fmt: skip
@@ -838,7 +843,7 @@ def trainings(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     return "\n".join([*lines, text + end]), said
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@cases(12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(trainings())
 def test_nothing_that_a_script_says_is_lost(training):
     script, said = training

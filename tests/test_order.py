@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from glmtune import check, convert, data, forms, store
@@ -15,6 +15,8 @@ from glmtune.errors import UserError
 from glmtune.reading import Item
 from glmtune.records import Example
 from glmtune.run import Source
+
+from .cases import cases
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +87,7 @@ def spoilt(kind: str, number: int, change: dict) -> dict:
     return {key: value for key, value in row.items() if value is not ...}
 
 
-@settings(deadline=None, max_examples=25)
+@cases(25)
 @given(draws=st.data(), kind=st.sampled_from(sorted(GOOD)), layout=st.sampled_from(["lines", "array"]))
 def test_exactly_the_good_rows_are_kept_in_any_order(draws: st.DataObject, kind: str, layout: str) -> None:
     good = [GOOD[kind](i) for i in range(draws.draw(st.integers(1, 4)))]
@@ -100,7 +102,7 @@ def test_exactly_the_good_rows_are_kept_in_any_order(draws: st.DataObject, kind:
         assert len(kept) + len(removed) == len(rows)
 
 
-@settings(deadline=None, max_examples=12)
+@cases(12)
 @given(draws=st.data(), kind=st.sampled_from(sorted(GOOD)))
 def test_the_verdict_on_a_row_does_not_depend_on_the_order(draws: st.DataObject, kind: str) -> None:
     rows: list[Any] = [GOOD[kind](i) for i in range(2)]
@@ -142,7 +144,7 @@ KEYS = ["instruction", "input", "output", "prompt", "response", "chosen", "rejec
         "messages", "text", "label", "completion", "question", "answer", "response_0", "response_1", "better_response_id"]  # fmt: skip
 
 
-@settings(deadline=None, max_examples=100)
+@cases(100)
 @given(first=st.dictionaries(st.sampled_from(KEYS), PIECES, max_size=5), draws=st.data())
 def test_rows_of_one_shape_are_recognised_alike(first: dict, draws: st.DataObject) -> None:
     second = {key: draws.draw(PIECES) for key in first}
@@ -172,6 +174,7 @@ def test_rankings_are_pairs_of_their_first_two_whatever_row_stands_first() -> No
     assert "1 rows have more than two answers, the best first: the first two are written" in said
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "more",
     [
@@ -216,6 +219,7 @@ def test_a_mark_alone_is_text() -> None:
     )
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(
     "part",
     [
@@ -267,7 +271,7 @@ WORDS = ["question", "frage", "prompt_text", "answer", "answer_a", "answer_b", "
          "rejected", "rejected_response", "worse", "losing_answer", "response_rejected", "id", "score", "winner", "bad_output", "Where is it?"]  # fmt: skip
 
 
-@settings(deadline=None, max_examples=20)
+@cases(20)
 @given(keys=st.lists(st.sampled_from(WORDS), min_size=1, max_size=5, unique=True), suffix=st.sampled_from(["csv", "jsonl"]))
 def test_no_proposal_learns_a_rejected_answer_or_loses_a_text(keys: list[str], suffix: str) -> None:
     name = f"rows.{suffix}"
@@ -308,6 +312,7 @@ TABLES: dict[str, tuple[Any, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize("kind", ["alpaca", "messages", "pair", "ranking", "own keys"])
 def test_a_file_that_is_no_list_of_rows_is_named_as_what_it_is(name: str, kind: str) -> None:
@@ -328,7 +333,7 @@ def test_a_file_that_is_no_list_of_rows_is_named_as_what_it_is(name: str, kind: 
         check.fix(["rows.json"], "clean.json")
 
 
-@settings(deadline=None, max_examples=20)
+@cases(20)
 @given(draws=st.data(), kind=st.sampled_from(sorted(GOOD)), lines=st.booleans())
 def test_a_list_under_a_key_is_read_whatever_its_first_row_is(draws: st.DataObject, kind: str, lines: bool) -> None:
     good = [GOOD[kind](i) for i in range(2)]
@@ -371,7 +376,7 @@ NUMBERS = st.one_of(
 
 
 @pytest.mark.filterwarnings("error")
-@settings(deadline=None, max_examples=20)
+@cases(20)
 @given(row=NUMBERS, turn=NUMBERS)
 def test_every_weight_that_is_read_leaves_the_loss_finite(row: Any, turn: Any) -> None:
     messages = [*talk(1, "user"), {**talk(1, "assistant")[0], "weight": turn}]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -19,6 +19,7 @@ from glmtune.errors import UserError
 from glmtune.importing import import_adapter
 
 from . import tiny
+from .cases import cases
 
 IDS = torch.tensor([[11, 45, 200, 30, 31, 32, 99, 7]])
 warnings.filterwarnings("ignore", module="peft")
@@ -104,7 +105,7 @@ CONFIGS = CONFIGS.map(  # PEFT takes layers_to_transform beside a list of names 
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@cases(60, quick=3, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(config=CONFIGS, tied=st.booleans(), resized=st.booleans())
 def test_any_config_of_peft_computes_the_same_or_is_refused(bases, tmp_path_factory, config, tied, resized):
     base, to = bases[tied, resized], tmp_path_factory.mktemp("a")
@@ -124,6 +125,7 @@ def test_any_config_of_peft_computes_the_same_or_is_refused(bases, tmp_path_fact
 BOTH = ["embed_tokens", "lm_head"]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("config", [{}, {"modules_to_save": BOTH}], ids=["plain", "whole"])
 def test_an_adapter_that_was_trained_on_a_resized_model_opens_on_it(bases, tmp_path, tied, config):
@@ -135,6 +137,7 @@ def test_an_adapter_that_was_trained_on_a_resized_model_opens_on_it(bases, tmp_p
         same(bases[tied, True], adapter)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("saved", [BOTH, ["embed_tokens"], ["lm_head"]])
 @pytest.mark.parametrize("resized", [True, False])
 def test_tied_weights_that_peft_kept_tied_open(bases, tmp_path, saved, resized):
@@ -145,6 +148,7 @@ def test_tied_weights_that_peft_kept_tied_open(bases, tmp_path, saved, resized):
     same(bases[True, resized], adapter)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("config", [{}, {"modules_to_save": BOTH, "ensure_weight_tying": True}], ids=["plain", "whole"])
 def test_on_a_base_that_was_not_resized_the_sizes_are_told(bases, tmp_path, tied, config):
@@ -154,6 +158,7 @@ def test_on_a_base_that_was_not_resized_the_sizes_are_told(bases, tmp_path, tied
             open_()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("change", ["other copy", "other shape", "no original", "only the copy"])
 def test_doubles_that_differ_are_refused_and_others_count_once(bases, tmp_path, change):
     base = bases[False, True]

@@ -95,6 +95,7 @@ def refused(arguments: list[str], capsys) -> str:
     return told
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("version", ["now", "0.3.0"])
 @pytest.mark.parametrize("there", [True, False])
 def test_the_recorded_folder_comes_before_the_name(projects, version, there):
@@ -156,6 +157,7 @@ def test_an_old_run_whose_base_is_gone_says_that_it_cannot_be_told(projects):
     assert any("cannot be told" in one for one in said)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("version", ["now", "0.3.0"])
 def test_a_run_is_resumed_on_its_own_base_from_anywhere(projects, monkeypatch, version):
     if version == "0.3.0":
@@ -181,6 +183,7 @@ def test_a_named_base_counts_with_a_warning(projects):
     assert not said
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("option", ["method.start=../X/run", "method.under=[../X/run]"])
 def test_a_run_goes_on_from_an_adapter_of_its_own_base_only(projects, option):
     with pytest.raises(UserError, match="another base model") as refusal:
@@ -192,6 +195,7 @@ def test_a_run_goes_on_from_an_adapter_of_its_own_base_only(projects, option):
     go("on", option.replace("../X/run", "brought"), "optim.steps=1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["method.start=one", "method.under=[one]"])
 def test_what_a_run_builds_on_is_recorded_too(projects, monkeypatch, option):
     monkeypatch.chdir(projects / "X")
@@ -214,6 +218,7 @@ def test_what_a_run_builds_on_is_recorded_too(projects, monkeypatch, option):
 # --- dtype and device -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("given", "wanted"),
     [

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -24,6 +24,7 @@ from glmtune.predict import fingerprint, predict
 from glmtune.run import Lora, Prefix, Source
 
 from . import tiny
+from .cases import cases
 
 GREEDY = Sampling(max_new_tokens=8)
 DRAWN = Sampling(temperature=1.3, top_p=0.95, max_new_tokens=8, seed=3, top_k=40, repetition_penalty=1.1)
@@ -76,6 +77,7 @@ def straight(loaded: Loaded, asked: list[Any], folder: Path, sampling: Sampling,
 # --- continued = straight -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
 @pytest.mark.parametrize(("after", "lines"), [(1, None), (2, None), (2, 5), (3, 2)])
 def test_a_continued_prediction_has_the_bytes_of_a_straight_one(loaded, tmp_path, sampling, after, lines):
@@ -137,6 +139,7 @@ def test_answers_of_another_model_are_not_taken_over(loaded, other, tmp_path):
     refuses(other, asked, out, GREEDY, "another model")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("sampling", "word"),
     [
@@ -161,6 +164,7 @@ def test_answers_drawn_otherwise_are_not_taken_over(loaded, tmp_path, changed):
     refuses(loaded, asked, out, replace(DRAWN, **{changed: {"seed": 4, "top_p": 0.5, "top_k": 3}[changed]}), "other settings")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("count", [2, 11, 12])
 def test_answers_to_other_questions_are_not_taken_over(loaded, tmp_path, count):
     asked, out = rows(questions(tmp_path)), tmp_path / "o.jsonl"
@@ -178,6 +182,7 @@ def test_another_system_prompt_is_another_question(loaded, tmp_path):
     refuses(loaded, other, out, GREEDY, "system prompt")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "first", [{"header": "0123abcd"}, {"format": 1}, {"format": 99, "model": "", "questions": "", "sampling": {}}, {}, 5, None]
 )
@@ -188,6 +193,7 @@ def test_a_part_that_does_not_say_whose_answers_it_holds_is_refused(loaded, tmp_
     refuses(loaded, asked, out, GREEDY, "whose answers it holds|another glmtune")
 
 
+@pytest.mark.slow
 def test_a_part_without_answers_is_begun_anew(loaded, other, tmp_path):
     """Nothing is lost, whoever began it."""
     asked, out = rows(questions(tmp_path)), tmp_path / "o.jsonl"
@@ -208,7 +214,7 @@ def test_a_copy_of_a_model_is_the_same_model(tiny_model, loaded, tmp_path):
     )
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@cases(8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_one_number_anywhere_makes_another_model(loaded, data):
     held = dict(loaded.model.named_parameters())
@@ -278,18 +284,20 @@ def continues_with(loaded: Loaded, folder: Path, damage: Callable[[list[bytes]],
     return "".join(said)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("line", DAMAGED, ids=lambda line: repr(line)[2:30])
 def test_a_damaged_line_costs_its_own_answer_only(loaded, tmp_path, line):
     assert "1 damaged line is left out" in continues_with(loaded, tmp_path, lambda kept: [*kept[:2], line, *kept[3:]])
     continues_with(loaded, tmp_path, lambda kept: [*kept, line], end=b"")
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@cases(8, quick=2, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.one_of(st.sampled_from(DAMAGED), st.integers(0, 5)), max_size=9), st.booleans())
 def test_a_part_of_any_lines_continues_with_what_is_whole(loaded, tmp_path, lines, ended):
     continues_with(loaded, tmp_path, lambda kept: [kept[i] if isinstance(i, int) else i for i in lines], b"\n" if ended else b"")
 
 
+@pytest.mark.slow
 def test_a_part_cut_at_any_byte_continues(loaded, tmp_path):
     asked, out = rows(questions(tmp_path, 3)), tmp_path / "o.jsonl"
     part = stopped(loaded, asked, out, GREEDY, 1, batch_size=1)
@@ -302,6 +310,7 @@ def test_a_part_cut_at_any_byte_continues(loaded, tmp_path):
         out.unlink()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("mark", ["\u2028", "\u0085", "\u2029", "\x0b", "\x1c", "\r", "\r\n"])
 def test_marks_of_a_line_inside_an_answer_are_text(loaded, tmp_path, mark):
     asked, out = rows(questions(tmp_path)), tmp_path / "o.jsonl"

@@ -62,6 +62,7 @@ def kind(request: pytest.FixtureRequest, golden: Any) -> Any:
     prefix.detach(golden.model)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
 def test_logits_and_losses_are_the_published_ones(golden: Any, kind: int, attention: str):
@@ -72,6 +73,7 @@ def test_logits_and_losses_are_the_published_ones(golden: Any, kind: int, attent
         close(out.logits[valid], golden.tensors[f"ptuning_proj{kind}.{batch}.logits"][valid])
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_gradients_are_the_published_ones(golden: Any, kind: int, reentrant: bool | None):
     name, model, encoder = f"ptuning_proj{kind}", golden.model.train(), golden.model.prefix_encoder
@@ -90,6 +92,7 @@ def test_gradients_are_the_published_ones(golden: Any, kind: int, reentrant: boo
     assert (encoder.embedding.weight.grad[:2] - wanted).norm() <= 1e-5 * wanted.norm()
 
 
+@pytest.mark.slow
 def test_greedy_tokens_are_the_published_ones(golden: Any, kind: int):
     """By our own loop and by transformers', from a cache and without one."""
     model, tensors = golden.model, golden.tensors
@@ -108,11 +111,13 @@ def test_greedy_tokens_are_the_published_ones(golden: Any, kind: int):
         close(torch.stack(out.logits, 1), tensors[f"ptuning_proj{kind}.gen3_leftpad.step_logits"])
 
 
+@pytest.mark.few(3)
 def test_published_tensors_come_back(golden: Any, kind: int):
     made, wanted = prefix.published_tensors(golden.model), golden.files[kind]
     assert made.keys() == wanted.keys() and all(torch.equal(made[n], wanted[n]) for n in wanted)
 
 
+@pytest.mark.slow
 def test_plain_peft_computes_the_published_logits(golden: Any, kind: int, tmp_path: Path):
     """Also greedily: what is saved is what PEFT serves."""
     tensors, config = prefix.peft_tensors(golden.model), prefix.peft_config(golden.model, "base")
@@ -220,6 +225,7 @@ def by_cache(model: Any, row: list[int]) -> torch.Tensor:
         return model(ids, past_key_values=DynamicCache(pairs), use_cache=True, **more).logits[0]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("projection", [False, True])
 def test_every_family_equals_its_own_cache(family: Any, projection: bool):
     prefix.attach(family, 5, projection, hidden=24 if projection else None, seed=3)
@@ -227,6 +233,7 @@ def test_every_family_equals_its_own_cache(family: Any, projection: bool):
         close(logits(family, row), by_cache(family, row), 1e-5)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
@@ -243,6 +250,7 @@ def test_a_padded_batch_equals_its_rows(family: Any, side: str, attention: str):
         close(got[keep], logits(family, row), 1e-5)
 
 
+@pytest.mark.few(1)
 def test_decoding_from_a_cache_equals_decoding_without(family: Any):
     prefix.attach(family, 4, seed=1)
     items = rows(family)
@@ -254,6 +262,7 @@ def test_decoding_from_a_cache_equals_decoding_without(family: Any):
             row.append(token)
 
 
+@pytest.mark.few(2)
 def test_off_is_off_bit_for_bit(family: Any):
     row = rows(family)[0]
     before, names = logits(family, row), set(family.state_dict())
@@ -272,6 +281,7 @@ def test_off_is_off_bit_for_bit(family: Any):
     assert family.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_gives_the_same_gradients(family: Any, reentrant: bool):
     family.requires_grad_(False)
@@ -466,6 +476,7 @@ OTHER = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", SAME)
 @torch.no_grad()
 def test_plain_peft_gives_equal_logits(name: str, tmp_path: Path):
@@ -512,6 +523,7 @@ def test_alibi_is_not_for_plain_peft(folders: Path):
     assert "prompt_embeddings" not in prefix.peft_tensors(model)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("projection", [False, True])
 def test_a_prefix_comes_back_bit_for_bit(family: Any, projection: bool, tmp_path: Path):
     prefix.attach(family, 5, projection, seed=2)
@@ -625,6 +637,7 @@ def test_files_of_other_models_and_things_are_refused():
     assert prefix.of(large) is None
 
 
+@pytest.mark.few(2)
 def test_a_start_from_words_is_what_the_model_itself_would_keep(family: Any):
     """Of one word: its keys and values in a cache, in every layer; of more: in the first layer each word's own."""
     positions = torch.zeros((1, 2, 1) if family.config.model_type == "chatglm1" else (1, 1), dtype=torch.long)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from glmtune import quality
 
+from .cases import cases
 from .damage import CHINESE, LONG
 
 WORDS = [f"{a}{b}" for a in "bdfgklmnprst" for b in ("ala", "ero", "ini", "onu", "usa", "emi")]
@@ -73,6 +74,7 @@ def test_language(text: str, language: str) -> None:
     assert quality.language(text) == language
 
 
+@cases(100)
 @given(st.lists(st.integers(0, 100_000), min_size=1, max_size=60))
 def test_a_histogram_counts_every_length_once(sizes: list[int]) -> None:
     found = quality.lengths(sizes, "tokens")
@@ -121,6 +123,7 @@ def test_whole_answers_do_not_look_cut(text: str) -> None:
     assert [*quality.answer_damage("q", text)] == []
 
 
+@cases(100)
 @given(st.text(alphabet=st.characters(min_codepoint=0x4E00, max_codepoint=0x9FA5), min_size=5, max_size=30))
 def test_chinese_read_in_a_wrong_encoding_is_damage(text: str) -> None:
     assert "encoding-damage" in quality.damage(text.encode().decode("latin-1"))
@@ -160,6 +163,7 @@ def test_answers_that_decline(answer: str, declined: bool) -> None:
     assert quality.declines(answer) == declined
 
 
+@cases(100)
 @given(st.lists(st.integers(0, 50), max_size=40))
 def test_lengths_may_come_counted(sizes: list[int]) -> None:
     assert quality.lengths(Counter(sizes), "tokens") == quality.lengths(sizes, "tokens")

@@ -136,6 +136,7 @@ def test_bytes_for_each_weight(kind: str, expected: float):
     assert packed.nbytes / (512 * 4096) == pytest.approx(expected, rel=0.003)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_packing_gives_the_same_bits_with_any_number_of_threads(kind: str):
     threads, found = torch.get_num_threads(), []
@@ -240,6 +241,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", published.FAMILIES)
 def test_every_family_loads_packed(family: str, made: Any):
     folder = made(family)
@@ -285,6 +287,7 @@ def as_published(plain: Path, folder: Path, bits: int) -> Path:
     return folder
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("family", ["chatglm-6b", "chatglm2-6b"])
 def test_a_published_packed_checkpoint_stays_packed(family: str, bits: int, made: Any, tmp_path: Path):
@@ -335,6 +338,7 @@ def test_loading_holds_no_16_bit_copy(kind: str, tmp_path: Path):
 # --- folders that transformers saved packed, and families that only it can place -----------------------------------------------
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("settings", "kind"),
     [

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jinja2.sandbox
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from glmtune import families, rendering
@@ -15,6 +15,7 @@ from glmtune.errors import UserError
 from glmtune.rendering import clock_texts, jinja_renderer
 
 from . import tiny
+from .cases import cases
 
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
 GROW = "{{% set ns = namespace(x={start}) %}}{{% for i in range(1000) %}}{{% set ns.x = {next} %}}{{% endfor %}}{{{{ ns.x }}}}"
@@ -70,6 +71,7 @@ ENDLESS = {
 }  # fmt: skip
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", ENDLESS)
 def test_a_template_without_end_is_an_error_that_names_it(name):
     with pytest.raises(UserError, match="chat template does not come to an end"):
@@ -83,6 +85,7 @@ def test_values_nested_without_end_are_no_crash():
             jinja_renderer(source, {})(TURNS)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("source", [
     "{% for %}", "{{ ", "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "{% for a in [1] %}" * 25 + "{% endfor %}" * 25, "{{ " + "9" * 5000 + " }}",
     "{{ " + " + ".join(["a"] * 20_000) + " }}", "x" * 600_000, "{{ 1 | no_filter }}", "{% include 'x' %}",
@@ -136,7 +139,7 @@ _expressions = st.recursive(
 )  # fmt: skip
 
 
-@settings(deadline=None)
+@cases(100)
 @given(st.lists(st.tuples(st.sampled_from(["put", "set", "if", "for"]), _expressions), min_size=1, max_size=4))
 def test_a_budget_changes_nothing(parts):
     wrapped = {
@@ -207,6 +210,7 @@ def test_what_the_clock_writes_is_known(source, texts):
     assert clock_texts(source, NOW) == texts
 
 
+@cases(100)
 @given(
     st.text("%YmdHMSjab -", max_size=8), st.datetimes(datetime.datetime(2000, 1, 1)), st.datetimes(datetime.datetime(2000, 1, 1))
 )
@@ -240,6 +244,7 @@ class Clock:
         self.datetime = type("Moved", (datetime.datetime,), {"now": classmethod(lambda cls, tz=None: now)})
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_own_date_and_answers_with_it(tmp_path, monkeypatch, capsys):
     from glmtune import chat, cli, load
     from glmtune.run import load_run
@@ -320,6 +325,7 @@ def test_tokenised_rows_keep_their_date(tmp_path, monkeypatch):
         tokenised(wanted(tmp_path / "tokens", "date=2026-03-02"))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("command", ["chat", "show", "train", "data check", "predict", "export"])
 def test_every_command_refuses_a_template_without_end(command, tmp_path, capsys):
     from glmtune import cli

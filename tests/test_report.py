@@ -148,6 +148,7 @@ def numbers(log: list[dict], tmp_path) -> list[tuple[float, float]]:
     return found
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "log",
     [
@@ -183,6 +184,7 @@ def test_long_runs_are_thinned_and_keep_their_spikes():
     assert len(thin) <= report.MOST_POINTS and (4321.0, 50.0) in thin and (1234.0, -50.0) in thin and thin == sorted(thin)
 
 
+@pytest.mark.slow
 def test_a_long_run_fits(tmp_path):
     make(tmp_path, [step(i, eval_loss=1.0) for i in range(1, 3000)], [answer("who", True, True, before="长" * 300)] * 60)
     assert (tmp_path / "report.html").stat().st_size < 300_000

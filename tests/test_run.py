@@ -9,6 +9,8 @@ from glmtune import options
 from glmtune.errors import UserError
 from glmtune.run import DEFAULT_LR, UNKNOWN_LR, Full, Prefix, Run, default_lr, load_run, moment
 
+from .cases import cases
+
 GIVEN = ("model=m", "data=a.json", "out=o")
 
 
@@ -195,6 +197,7 @@ LINES = {
 }  # fmt: skip
 
 
+@pytest.mark.few(16)
 @pytest.mark.parametrize("name", LINES)
 def test_a_run_file_that_cannot_be_meant_is_told_in_short_lines(name, tmp_path):
     (tmp_path / "run.yaml").write_text(HEAD + LINES[name][0])
@@ -222,6 +225,7 @@ def test_all_yaml_is_read_by_one_loader(text, tmp_path):
             read(path)
 
 
+@cases(100)
 @given(st.recursive(st.one_of(st.booleans(), st.integers(), st.text("abc你 :'-", max_size=6), st.floats(allow_nan=False, allow_infinity=False)),
                     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text("abc", max_size=3), inner, max_size=3))))  # fmt: skip
 def test_yaml_that_is_written_reads_back(value):
@@ -247,6 +251,7 @@ def test_a_path_that_can_be_none_names_its_option(setting):
 leaves = st.sampled_from(["a", "a" * 9000, 7, 10**4000, b"x" * 9000, None, 1.5])
 
 
+@cases(100)
 @given(
     st.recursive(
         leaves, lambda one: st.lists(one, max_size=9) | st.dictionaries(st.text("ab", max_size=3), one, max_size=9), max_leaves=30

@@ -6,10 +6,12 @@ import subprocess
 import tempfile
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from glmtune import shell
+
+from .cases import cases
 
 needs_bash = pytest.mark.skipif(not shutil.which("bash"), reason="bash is the oracle")
 TOLD = 'run() { printf "%s\\0" run "$@" $\'\\1\'; }\n'
@@ -142,7 +144,7 @@ def scripts(draw: st.DrawFn) -> str:
 
 
 @needs_bash
-@settings(max_examples=60, deadline=None)
+@cases(60)
 @given(scripts())
 def test_generated_scripts_are_read_as_bash_reads_them(text):
     assert runs(text) == bash("set -f\n" + text)  # no file names: a pattern stays as it is written
@@ -192,7 +194,7 @@ def test_what_has_no_end_is_an_error(text):
         shell.commands(text)
 
 
-@settings(max_examples=300, deadline=None)
+@cases(300)
 @given(st.text(st.sampled_from("ab $\"'\\`(){}[]<>|&;#=\n\t@*!-:~%1/iffordone"), max_size=40))
 def test_any_text_is_read_or_refused(text):
     """Never a traceback, and never without end."""

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from glmtune import families, plan, tokenise
@@ -24,6 +25,7 @@ from glmtune.stages import Limits
 from glmtune.store import Block, Store, Writer
 
 from . import tiny
+from .cases import cases
 
 sequences = st.lists(
     st.tuples(
@@ -35,7 +37,7 @@ sequences = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@cases(40, derandomize=True)
 @given(st.lists(sequences, max_size=3))
 def test_a_store_gives_back_what_was_put_into_it(tmp_path_factory, blocks):
     folder = tmp_path_factory.mktemp("store") / "s"
@@ -126,6 +128,7 @@ FILES: dict[str, tuple[list[list[str]], dict[str, Any]]] = {  # lines of every f
 QUICK = ("rows of several answers", "columns that come late")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FILES])
 def test_all_that_is_told_of_rows_is_the_same_whatever_the_number_of_processes(wanted, cache, tmp_path, monkeypatch, name):
     files, options = FILES[name]
@@ -152,6 +155,7 @@ def test_all_that_is_told_of_rows_is_the_same_whatever_the_number_of_processes(w
         assert [span["count"] for span in one[1]["spans"]] == [span.count for span in loaded.spans]
 
 
+@pytest.mark.slow
 def test_an_error_of_encoding_comes_before_those_of_later_rows(wanted, cache, tmp_path, monkeypatch):
     """With several processes the files are read ahead; what is told first is what stands first."""
     odd = json.dumps({"messages": [{"role": role, "content": role} for role in ("user", "assistant", "tool", "assistant")]})
@@ -197,6 +201,7 @@ def changed_file(wanted: Any) -> None:
     wanted.rows.write_text(text.replace("mat", "rug", 1))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "change",
     [
@@ -220,6 +225,7 @@ def test_anything_that_sequences_follow_from_makes_them_anew(wanted, cache, chan
     assert second.folder != first.folder
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("how", ["cut", "byte", "index", "gone", "empty"])
 def test_a_damaged_store_is_made_anew(wanted, cache, how):
     good = tokenise.tokenised(wanted(), keep=True)
@@ -262,6 +268,7 @@ def child(wanted: Any, model: Path, pause: float) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_it_writes_leaves_nothing_that_is_used(wanted, cache, tiny_model):
     process = child(wanted, tiny_model, 0.2)
     assert process.stdout is not None
@@ -275,6 +282,7 @@ def test_a_process_killed_while_it_writes_leaves_nothing_that_is_used(wanted, ca
     assert not [path.name for path in cache.iterdir() if ".part-" in path.name]  # and what it left is cleared away
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_make_one_store(wanted, cache, tiny_model):
     both = [child(wanted, tiny_model, 0.02) for _ in range(2)]
     ends = [process.communicate(timeout=60)[0].splitlines()[-1] for process in both]
@@ -351,6 +359,7 @@ def test_training_from_a_store_touches_no_tokenizer(tiny_model, tmp_path, cache,
     assert train(stored).loss == straight.loss
 
 
+@pytest.mark.slow
 def test_a_store_of_a_million_sequences_opens_fast_and_in_little_memory(tmp_path):
     """Opening maps files; a sequence is made when it is asked for."""
     block = Block.of([(i, i, Example([1, 2, 3], [2, 3, 3], [0.0, 1.0, 0.0], "f:1")) for i in range(1000)])
@@ -393,7 +402,8 @@ def test_a_killed_worker_is_told_and_nothing_is_left(wanted, cache, monkeypatch)
 
     def kill(*_: Any) -> None:
         for one in set(psutil.Process().children()) - others:
-            one.kill()
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
 
     with pytest.raises(UserError, match="one of the 2 processes that tokenise was killed"):
         tokenise.tokenised(wanted(), workers=2, progress=kill, keep=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models
 
@@ -21,6 +21,7 @@ from glmtune.errors import UserError
 from glmtune.run import Form
 
 from . import published, tiny
+from .cases import cases
 
 ANSWERS = [
     "Paris is in France, on the Seine.", "你好，世界！", "", " ", "\n", "\n\n", "<think>\neasy\n</think>\n\n4", "<think>\n\n</think>", "</think>", "<n> <|tab|>",
@@ -110,17 +111,20 @@ def family(request, tmp_path_factory) -> Template:
     return families.load_tokenizer(published.FAMILIES[request.param](folder))[1]
 
 
+@pytest.mark.slow
 def test_every_family_streams_what_parse_says(family):
     all_laws(family, seed=1)
 
 
+@pytest.mark.few(2)
 def test_a_reference_answer_comes_back_from_every_family(family):
     """Fault F2: the beginning was lost wherever the text in front of an answer takes several tokens."""
     ids = reply(family, "Paris is in France, on the Seine.")
     assert "".join(streamed(family, ids)).strip() == "Paris is in France, on the Seine."
 
 
-@settings(max_examples=25, deadline=None)
+@pytest.mark.few(3)
+@cases(25)
 @given(st.data())
 def test_random_ids_stream_as_they_are_parsed(family, data):
     size = family.tokens.vocab_size
@@ -128,7 +132,8 @@ def test_random_ids_stream_as_they_are_parsed(family, data):
     holds_law(family, data.draw(st.lists(st.one_of(low, st.integers(0, size + 3), st.sampled_from(family.stop_ids)), max_size=30)))
 
 
-@settings(max_examples=25, deadline=None)
+@pytest.mark.few(3)
+@cases(25)
 @given(st.text(alphabet=st.sampled_from(list("ab \n<n>▁你é👩\ufffd\t|2kblan_")), max_size=30), st.integers(0, 9), st.booleans())
 def test_generated_texts_stream_as_they_are_parsed(family, text, seed, stops):
     ids = cuts(family.tokens, family._around[0] + text + family._around[1], seed)
@@ -136,7 +141,7 @@ def test_generated_texts_stream_as_they_are_parsed(family, text, seed, stops):
 
 
 @pytest.mark.parametrize("name", list(OWN))
-@settings(max_examples=40, deadline=None)
+@cases(40)
 @given(st.text(alphabet="\n <think/>x", max_size=16), st.integers(0, 5), st.booleans())
 def test_leads_and_gaps_of_several_tokens(tmp_path_factory, name, text, seed, stops):
     template = _own(name, tmp_path_factory.getbasetemp())
@@ -196,6 +201,7 @@ ENDS = [
 EACH = pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.slow)])
 
 
+@pytest.mark.slow
 @EACH
 def test_every_published_format_streams_what_parse_says(shared, tmp_path, step):
     made = published_formats(shared, tmp_path, step)
@@ -204,6 +210,7 @@ def test_every_published_format_streams_what_parse_says(shared, tmp_path, step):
         all_laws(template, seed=i)
 
 
+@pytest.mark.slow
 @EACH
 def test_thoughts_and_tool_calls_stream_as_they_are_parsed(shared, tmp_path, step):
     call = {"type": "function", "function": {"name": "f", "arguments": {"city": "北京"}}}
@@ -252,8 +259,9 @@ DECODERS = {
 }  # fmt: skip
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", list(DECODERS))
-@settings(max_examples=80, deadline=None)
+@cases(80)
 @given(st.lists(st.integers(0, len(VOCABULARY) + 2), max_size=14))
 def test_every_decoder_gives_the_same_text_piece_by_piece(name, ids):
     tokens = _tokens(name)
@@ -285,6 +293,7 @@ def test_a_piece_comes_as_soon_as_nothing_can_change_it(name, tmp_path):
         assert as_before(template, ids[: n - 1]).rstrip() in "".join(pieces[:n])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["chatglm3-6b", "chatglm-6b", "qwen3", "llama-2-7b-chat", "baichuan2-7b-chat"])
 def test_the_work_for_a_token_does_not_grow_with_the_answer(name, tmp_path, monkeypatch):
     """Counted: the tokenizer is never asked for a text that grows, and what is held back stays short."""
@@ -301,6 +310,7 @@ def test_the_work_for_a_token_does_not_grow_with_the_answer(name, tmp_path, monk
 # --- the program's own stream -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("answer", ["Paris is in France, on the Seine.", "你好，世界！"])
 def test_the_program_streams_a_reference_answer(family, monkeypatch, answer):
     ids = reply(family, answer)

@@ -90,6 +90,7 @@ def test_the_loss_is_the_sum_over_learned_tokens_of_the_step(tiny_model, rows_fi
     assert log(tmp_path / "a")[0]["learned_tokens"] == count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_cut_into_micro_batches_changes_nothing(tiny_model, rows_file, tmp_path, method):
     more = [f"method={method}", "optim.steps=3", *(["method.dropout=0.3"] if method == "lora" else [])]
@@ -100,6 +101,7 @@ def test_the_cut_into_micro_batches_changes_nothing(tiny_model, rows_file, tmp_p
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "more",
     tiny.slow_but(
@@ -156,6 +158,7 @@ def log_lines(out: Path) -> list[str]:
     return (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over(tiny_model, rows_file, tmp_path):
     more = ["optim.steps=6", "save.every_steps=2", "save.keep=3"]
     go(tiny_model, rows_file, tmp_path / "a", *more)
@@ -176,6 +179,7 @@ def test_a_damaged_checkpoint_is_passed_over(tiny_model, rows_file, tmp_path):
     assert not list((tmp_path / "a" / "checkpoints").glob(".part*"))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "change",
     tiny.slow_but(
@@ -200,6 +204,7 @@ def test_a_checkpoint_that_makes_no_sense_is_passed_over(tiny_model, rows_file, 
     assert next(path.name for path, _ in runfolder.checkpoints(tmp_path / "a")) == "step-4"
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
@@ -229,8 +234,10 @@ def test_a_damaged_file_of_a_run_is_told_on_resume(tiny_model, rows_file, tmp_pa
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_questions_that_were_cut_off_are_told_on_resume(tiny_model, rows_file, tmp_path):
-    more = ["optim.steps=2", f"samples=[{{path: {rows_file}}}]"]
+    asked = tiny.write_rows(tmp_path / "asked.jsonl", tiny.rows(2))
+    more = ["optim.steps=2", f"samples=[{{path: {asked}}}]"]
     go(tiny_model, rows_file, tmp_path / "a", *more)
     (tmp_path / "a" / "finished.json").unlink()
     path = tmp_path / "a" / "samples.jsonl"
@@ -247,6 +254,7 @@ def test_an_answer_with_a_line_separator_is_one_line(tmp_path):
     assert runfolder.read_jsonl(tmp_path / "a.jsonl") == rows
 
 
+@pytest.mark.slow
 def test_a_run_of_a_version_that_chose_otherwise_is_continued(tiny_model, rows_file, tmp_path):
     go(tiny_model, rows_file, tmp_path / "a", "optim.steps=2")
     straight = adapter(tmp_path / "a")
@@ -401,6 +409,7 @@ def test_a_step_is_cut_whole_and_within_bounds(padded):
         assert cost <= 64 or len(part) == 1
 
 
+@pytest.mark.slow
 def test_the_saved_adapter_gives_peft_the_same_logits(tiny_model, rows_file, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -427,6 +436,7 @@ def test_the_adapter_holds_every_trainable_tensor(tiny_model, rows_file, tmp_pat
     assert any(t.abs().max() > 0 for n, t in tensors.items() if "lora_B" in n)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "line",
     [
@@ -458,6 +468,7 @@ def test_a_damaged_line_of_the_log_goes(tmp_path, line, where):
     assert log(tmp_path) == good[:2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["step-²", "step-", "step--1", "step-٣", "step-1.5", "step-9" * 20, "step-x"])
 def test_other_folders_among_the_checkpoints_are_passed_over(tiny_model, rows_file, tmp_path, name):
     go(tiny_model, rows_file, tmp_path / "a", "optim.steps=2", "save.every_steps=1")

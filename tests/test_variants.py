@@ -59,6 +59,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("variant", "tied"), [*((name, False) for name in VARIANTS), *((name, True) for name in ("modules", "layer norms", "dora"))]
 )
@@ -82,6 +83,7 @@ def test_plain_peft_loading_and_merging_give_the_same_function(variant: str, tie
     assert not any("lora" in name for name, _ in model.named_parameters())
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if "modules" not in name])
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 def test_nothing_changes_before_the_first_step(tiny_model: Path, variant: str, compute: torch.dtype) -> None:
@@ -135,6 +137,7 @@ def test_dora_adapters_are_merged_in_order(tiny_model: Path, tmp_path: Path) -> 
         assert (logits(model) - apart).abs().max() <= 2e-5
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dora", [False, True])
 def test_adapters_beneath_are_part_of_the_result(dora: bool, tiny_model: Path, tmp_path: Path) -> None:
     methods.save_adapter(moved(tiny_model, seed=1, rank=2), tmp_path / "a", Lora(rank=2), str(tiny_model))
@@ -149,6 +152,7 @@ def test_adapters_beneath_are_part_of_the_result(dora: bool, tiny_model: Path, t
         torch.testing.assert_close(other, logits(model))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
@@ -181,6 +185,7 @@ def test_freeze_takes_modules_outside_the_blocks(tiny_model: Path) -> None:
     assert set(methods.trainable(model)) == {"model.norm.weight", "model.embed_tokens.weight" if tied else "lm_head.weight"}
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -273,6 +278,7 @@ def resumed(run: Any, out: Path, step: int) -> Path:
 QUICK = ("modules", "neftune, dropout", "8 bits", "fp16", "prefix, projection")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RUNS])
 def test_a_resumed_run_is_the_straight_run_and_is_counted_right(
     name: str, tiny_model: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -297,6 +303,7 @@ def test_a_resumed_run_is_the_straight_run_and_is_counted_right(
         assert plan.make(run).shape.trainable == sum(tensor.numel() for tensor in load_file(held).values())
 
 
+@pytest.mark.slow
 def test_evaluating_an_nf4_run_changes_nothing(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     for name, more in (("never", []), ("always", ["eval.every_steps=1", f"eval.data={rows_file}"])):
@@ -307,6 +314,7 @@ def test_evaluating_an_nf4_run_changes_nothing(tiny_model: Path, rows_file: Path
     assert losses == sorted(losses, reverse=True) and len(set(losses)) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["prefix, projection", "freeze"])
 def test_the_dev_loss_is_that_of_what_was_learned_so_far(name: str, tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
     """Not of where it began: a prefix is kept between forwards without gradients, and a fused optimizer changes it unnoticed."""
@@ -344,6 +352,7 @@ def tight(monkeypatch: pytest.MonkeyPatch, full: Any) -> None:
     monkeypatch.setitem(stages.STAGES, "tight", stages.Stage("answers", stages.encode_conversation, loss))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("when", ["always", "in the middle of a step"])
 def test_a_step_without_room_is_done_again_in_smaller_parts(
     when: str, tiny_model: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -383,6 +392,7 @@ def test_a_step_without_room_is_done_again_in_smaller_parts(
     assert all(torch.equal(made[0][key], other[key]) for other in made[1:] for key in made[0])
 
 
+@pytest.mark.slow
 def test_an_evaluation_without_room_is_done_again_in_smaller_parts(
     tiny_model: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -408,6 +418,7 @@ def test_a_row_that_has_no_room_alone_is_an_error_for_people(
 SAVED = {"prefix": RUNS["prefix, projection"], "freeze": RUNS["freeze"], "full": ["method=full"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SAVED)
 def test_no_room_while_saving_keeps_the_last_good_checkpoint(
     kind: str, tiny_model: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -436,6 +447,7 @@ def test_no_room_while_saving_keeps_the_last_good_checkpoint(
     assert one and all(torch.equal(one[key], two[key]) for key in one)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["freeze", "full"])
 def test_whole_models_are_kept_as_adapters_are(kind: str, tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
     """The last ones and the best one, which is complete and opens by itself."""
@@ -496,6 +508,7 @@ def test_killed_while_saving_and_resumed_is_bit_identical(kind: str, tiny_model:
     assert not list(tmp_path.rglob(".part*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_model_published_packed_is_trained_and_used_so(bits: int, rows_file: Path, tmp_path: Path) -> None:
     base = published.glm(tmp_path / f"chatglm3-6b-int{bits}", "THUDM/chatglm3-6b")
@@ -520,6 +533,7 @@ def test_a_model_published_packed_is_trained_and_used_so(bits: int, rows_file: P
         assert isinstance(packed.chat("Where is the cat?", max_new_tokens=2), str)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     tiny.slow_but(
@@ -554,6 +568,7 @@ def test_a_run_goes_on_from_an_adapter(tiny_model: Path, rows_file: Path, tmp_pa
         train(started(tiny_model, rows_file, tmp_path / "third", ["method=prefix", f"method.start={tmp_path / 'first'}"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "prefix"])
 def test_a_run_that_goes_on_from_an_adapter_is_resumed_by_its_run_file(
     kind: str, tiny_model: Path, rows_file: Path, tmp_path: Path
@@ -571,6 +586,7 @@ def test_a_run_that_goes_on_from_an_adapter_is_resumed_by_its_run_file(
     assert all(torch.equal(straight[key], again[key]) for key in straight)
 
 
+@pytest.mark.slow
 def test_going_on_keeps_the_function_of_any_adapter_of_peft(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
     """Patterns that overlap (the first counts), regular expressions, layers named by number."""
     from peft import LoraConfig, PrefixTuningConfig, get_peft_model
@@ -596,6 +612,7 @@ def test_going_on_keeps_the_function_of_any_adapter_of_peft(tiny_model: Path, ro
         torch.testing.assert_close(logits(after), logits(before), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_freeze_trains_the_head_too(tied: bool, rows_file: Path, tmp_path: Path) -> None:
     base = tiny.llama(tmp_path / "base", tie_word_embeddings=tied)
@@ -684,6 +701,7 @@ def test_adapters_are_switched_at_run_time(tiny_model: Path, tmp_path: Path) -> 
     assert torch.equal(logits(loaded.use(None).model), base)
 
 
+@pytest.mark.slow
 def test_an_adapter_without_effect_is_told(tiny_model: Path, tmp_path: Path) -> None:
     import glmtune
     from glmtune.export import export
@@ -698,6 +716,7 @@ def test_an_adapter_without_effect_is_told(tiny_model: Path, tmp_path: Path) -> 
     assert "this adapter changes nothing" in "\n".join(said)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_a_merge_tells_how_much_of_the_effect_is_left(tiny_model: Path, tmp_path: Path, rounding: str) -> None:
     """An update far below bf16's steps is lost by rounding to the nearest, and kept on average by rounding at random."""

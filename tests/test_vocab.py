@@ -5,7 +5,8 @@ import io
 import json
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import regex
 import sentencepiece
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2 as proto
 from tokenizers import Tokenizer
@@ -21,6 +22,9 @@ from tokenizers import Tokenizer
 from glmtune.chat import Tokens
 from glmtune.errors import UserError
 from glmtune.families import vocab
+
+from . import tiny
+from .cases import cases
 
 # --- the published settings ---------------------------------------------------------------------------------------------
 
@@ -142,12 +146,13 @@ PIECES = [word for line in WORDS.split("\n") for word in line.replace("<|", "<¦
 PIECES = [piece.replace("¦", "|") for piece in PIECES] + list("|ab 0\t\n\r\x00\x01\x7f\x85\xa0\u3000\u2028")
 PIECES += ["\r\n", "  ", "   ", " " * 5, " " * 81, "<|blank_2|>", "<|blank_80|>"]
 NASTY = st.lists(st.one_of(st.sampled_from(PIECES), st.characters(exclude_categories=["Cs"])), max_size=12).map("".join)
-fuzz = settings(max_examples=150, deadline=None, derandomize=True)
+fuzz = cases(150, derandomize=True)
 
 
 # --- properties against sentencepiece -----------------------------------------------------------------------------------
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_are_those_of_sentencepiece(kind: str, pairs):
     ours, theirs = pairs[kind]
@@ -180,6 +185,7 @@ def test_typed_look_alikes_are_plain_text(kind: str, pairs):
                 assert theirs.IsByte(id) or id not in raw(ours, text)  # the 8 of <0x38> may itself be that byte
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["bpe", "bpe without dummy prefix"])
 def test_text_comes_back(kind: str, pairs):
     ours, _ = pairs[kind]
@@ -255,11 +261,12 @@ def test_special_tokens_inside_behind_and_instead_of_pieces(small):
 
 
 @pytest.fixture(scope="session")
-def published(shared: Path) -> dict[str, Tokens]:
-    return {
-        name: Tokens(build(shared / "tokenizers" / name / file, **options), {"apart": True})
-        for name, (file, build, options) in PUBLISHED.items()
-    }
+def published(shared: Path) -> Mapping[str, Tokens]:
+    def opened(name: str) -> Tokens:
+        file, build, options = PUBLISHED[name]
+        return Tokens(build(shared / "tokenizers" / name / file, **options), {"apart": True})
+
+    return tiny.Lazy({name: partial(opened, name) for name in PUBLISHED})
 
 
 def cleaned(text: str) -> str:
@@ -267,6 +274,7 @@ def cleaned(text: str) -> str:
     return re.sub(r" (\.|\?|!|,|n't|'m|'s|'ve|'re)", r"\1", text)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_goldens(name: str, published, shared):
     tokens = published[name]
@@ -289,6 +297,7 @@ def rows(shared: Path) -> list[str]:
     return [row["instruction"] + "\n" + row["output"] for row in english[:500] + chinese[:500]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["chatglm1", "chatglm2"])
 def test_published_ids_of_real_and_of_nasty_text(name: str, published, shared):
     tokens, first = published[name], name == "chatglm1"
@@ -319,6 +328,7 @@ def test_float32_sums_decide_a_near_tie(published, shared):
     assert published["chatglm1"].decode(ours) == unmarked(theirs.DecodeIds(theirs.EncodeAsIds(marked(far))))
 
 
+@pytest.mark.slow
 def test_early_chatglm_stands_behind_the_image_tokens(published, shared):
     early = Tokens(
         vocab.from_sentencepiece(shared / "tokenizers" / "chatglm1" / "ice_text.model", **EARLY_CHATGLM1), {"apart": True}
@@ -357,6 +367,7 @@ def tiktoken(ranks: dict[bytes, int], pattern: str) -> Callable[[str], list[int]
     return encode
 
 
+@pytest.mark.slow
 def test_glm4_ids_are_those_of_tiktoken(published, shared, glm4_ids):
     tokens = published["glm4"]
 

@@ -1,7 +1,7 @@
 """Tiny models with a byte-level tokenizer, made on the spot: seconds, no network, no weights in the repository."""
 
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,27 @@ def rows(count: int, turns: int = 1) -> list[dict[str, Any]]:
 def write_rows(path: Path, items: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items), encoding="utf-8")
     return path
+
+
+class Lazy(Mapping[str, Any]):
+    """Things by name, each made when it is first asked for."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], Any]]):
+        self._makers, self._made = makers, {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._made:
+            self._made[name] = self._makers[name]()
+        return self._made[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._makers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
 
 
 def slow_but(quick: Collection[Any], values: Iterable[Any]) -> list[Any]:

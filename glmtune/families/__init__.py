@@ -729,11 +729,20 @@ def _empty(family: Family, dtype: Any, folder: Path) -> Any:
         raise _no_model(family, folder, error) from None
 
 
+_TRIED: set[tuple[type, str]] = set()
+
+
 def _try(model: Any, folder: Path) -> None:
-    """A forward pass of two tokens without numbers: settings that the class takes and its forward, or a cache, cannot use end here."""
+    """A forward pass of two tokens without numbers: settings that the class takes and its forward, or a cache, cannot use end here.
+
+    Once for each config: it takes some 20 ms a layer.
+    """
     import torch
     from transformers import DynamicCache
 
+    key = type(model), model.config.to_json_string(use_diff=False)
+    if key in _TRIED:
+        return
     try:
         with torch.no_grad():
             model(
@@ -748,6 +757,7 @@ def _try(model: Any, folder: Path) -> None:
         raise UserError(
             f"{folder / 'config.json'} has settings that a {type(model).__name__} cannot compute with: {reason}"
         ) from None
+    _TRIED.add(key)
 
 
 def _fresh_buffers(model: Any, device: Any) -> None:
