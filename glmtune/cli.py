@@ -1,5 +1,5 @@
 """The command line. Light on purpose: each command imports what it needs. Exit codes: 0 done, 2 the user can mend it,
-1 our fault (with a traceback), 130 interrupted after saving."""
+1 our fault (with a traceback), 130 interrupted after saving, 141 nobody reads the output any more."""
 
 import json
 import os
@@ -262,6 +262,15 @@ def chat(
     system: Annotated[
         str | None, typer.Option(help="System prompt; not given: the run's own, else the model's default.", show_default=False)
     ] = None,
+    meta: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=TEXT",
+            help="Another key of the system message, for formats that have one; CharacterGLM: bot_name, bot_info, user_name, user_info.",
+            show_default=False,
+        ),
+    ] = None,
+    history: Annotated[bool, typer.Option("--history/--no-history", help="Whether a question comes with those before it.")] = True,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
@@ -280,11 +289,14 @@ def chat(
     }  # fmt: skip
     sampling = {key: value for key, value in given.items() if value is not None}
     Sampling(**sampling)  # refuses bad values before the model loads
+    named = {name.strip(): text for name, _, text in (one.partition("=") for one in meta or ())}
+    if wrong := next((one for one in meta or () if not one.partition("=")[0].strip() or "=" not in one), None):
+        raise UserError(f"--meta {wrong}: wanted NAME=TEXT, like bot_name=Ada")
     from . import repl
     from .loaded import load
 
     loaded = load(model, device=device, adapter=adapter, quant=quant, say=_say)
-    talk = repl.Chat(loaded, sampling, system if system is not None else loaded.system)
+    talk = repl.Chat(loaded, sampling, system if system is not None else loaded.system, meta=named, history=history)
     if prompt is not None:
         talk.reply(prompt)
     else:

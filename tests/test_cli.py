@@ -1140,3 +1140,35 @@ def test_rows_that_cannot_be_used_name_their_option(glmtune, tiny_model, rows, t
             )
     ended = glmtune("show", f"model={tiny_model}", f"data={rows}", f"{option}=nowhere.json")
     assert ended.code == 2 and option in ended.err and "'nowhere.json' is not there" in ended.err
+
+
+# --- chat's options ----------------------------------------------------------------------------------------------------------
+
+
+def test_without_history_every_question_stands_alone(glmtune, tiny_model, tmp_path):
+    saved = tmp_path / "talk.jsonl"
+    lines = f"Hi\nWho?\n/save {saved}\n/regen\n/save {saved}\n"
+    options = ("--temperature", "0", "--max-new-tokens", "4")
+    alone = glmtune("chat", tiny_model, "--prompt", "Who?", *options).out.splitlines()[0]
+    ended = glmtune("chat", tiny_model, "--no-history", *options, stdin=lines)
+    first, again = (json.loads(line)["messages"] for line in saved.read_text().splitlines())
+    assert [message["content"] for message in first] == ["Who?", alone] and first == again and ended.code == 0
+    glmtune("chat", tiny_model, *options, stdin=lines)
+    assert len(json.loads(saved.read_text().splitlines()[-1])["messages"]) == 4
+
+
+def test_keys_of_the_system_message_reach_the_prompt(glmtune, tmp_path):
+    from glmtune.families.chatglm import CHARACTERGLM
+
+    model = tiny.llama(tmp_path / "m", CHARACTERGLM.replace("[gMASK]sop", "[gMASK]<sop>"))
+    (tmp_path / "scene.jsonl").unlink(missing_ok=True)
+    meta = ("--meta", "bot_name=Ada", "--meta", "user_name=Bo", "--meta", "user_info=a=b", "--max-new-tokens", "2")
+    ended = glmtune("chat", model, *meta, stdin=f"Hi\n/save {tmp_path / 'scene.jsonl'}\n")
+    row = json.loads((tmp_path / "scene.jsonl").read_text())
+    assert ended.code == 0
+    assert row["messages"][0] == {"role": "system", "content": "", "bot_name": "Ada", "user_name": "Bo", "user_info": "a=b"}
+    template = families.open_template(model)
+    assert "[Bo]Hi\n[Ada]" in template.tokens.decode(template.prompt(row["messages"][:2]))
+    for wrong, said in (("bot_nam=x", "did you mean 'bot_name'"), ("bot_name", "wanted NAME=TEXT"), ("=x", "wanted NAME=TEXT")):
+        ended = glmtune("chat", model, "--meta", wrong, "--prompt", "hi")
+        assert ended.code == 2 and said in ended.err
