@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,6 +77,10 @@ def train(
 ) -> None:
     """Train a model. Ctrl-C saves and stops; --resume continues."""
     run = _run(settings)
+    if resume and settings and "=" not in settings[0] and not any(given.partition("=")[0] == "out" for given in settings):
+        from .runfolder import refuse_elsewhere
+
+        refuse_elsewhere(Path(settings[0]), run)
     from .screen import Terminal, print_report
     from .training import train as start
 
@@ -860,7 +864,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # `glmtune ... | head`
+    except SystemExit as end:  # typer and rich make 1 of a closed pipe, `glmtune ... | head`
+        if not isinstance(end.__context__, BrokenPipeError):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
@@ -876,4 +882,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _fail(message: str) -> None:
     red, plain = ("\033[1;31m", "\033[0m") if sys.stderr.isatty() else ("", "")
-    sys.stderr.write(f"{red}error:{plain} {visible(message)}\n")
+    with suppress(OSError):  # where nobody reads it, the exit code stays
+        sys.stderr.write(f"{red}error:{plain} {visible(message)}\n")

@@ -4,6 +4,8 @@ import importlib.util
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -1172,3 +1174,44 @@ def test_keys_of_the_system_message_reach_the_prompt(glmtune, tmp_path):
     for wrong, said in (("bot_nam=x", "did you mean 'bot_name'"), ("bot_name", "wanted NAME=TEXT"), ("=x", "wanted NAME=TEXT")):
         ended = glmtune("chat", model, "--meta", wrong, "--prompt", "hi")
         assert ended.code == 2 and said in ended.err
+
+
+# --- what ends early ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments", [("options",), ("options", "--json"), ("--help",)]
+)  # rich's, Python's and typer's way to write
+def test_an_output_that_nobody_reads_any_more_is_no_defect(arguments):
+    read, write = os.pipe()
+    os.close(read)
+    ended = subprocess.run(command(*arguments), stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (141, "")
+
+
+def test_an_error_that_cannot_be_shown_ends_with_its_code():
+    with open("/dev/full", "wb", buffering=0) as full:
+        assert subprocess.run(command("data", "check", "nowhere.json"), stderr=full).returncode == 2
+
+
+def test_a_run_file_continues_its_own_run_only(glmtune, trained, tmp_path, monkeypatch):
+    """`out` is from where you are: called from another folder, a new run would begin, with the model and data that lie there."""
+    shutil.copytree(trained, tmp_path / "x/run")
+    file = tmp_path / "x/run/run.yaml"
+    file.write_text(re.sub(r"(?m)^out: .*", "out: run", file.read_text()))
+    (tmp_path / "y").mkdir()
+    monkeypatch.chdir(tmp_path / "y")
+    for given in ("../x/run/run.yaml", "../x/run/checkpoints/step-4/run.yaml"):
+        shutil.copy(file, given) if "step" in given else None
+        ended = glmtune("train", given, "--resume")
+        assert ended.code == 2 and f"belongs to the run in {file.parent}" in ended.err and f"out={file.parent}" in ended.err
+    assert not (tmp_path / "y/run").exists()
+    assert "finished already" in glmtune("train", "../x/run/run.yaml", "--resume", "out=../x/run").out
+    monkeypatch.chdir(tmp_path / "x")
+    assert "finished already" in glmtune("train", "run/run.yaml", "--resume").out
+
+
+def test_nothing_is_saved_before_something_was_said(glmtune, tiny_model, tmp_path):
+    ended = glmtune("chat", tiny_model, stdin=f"/save {tmp_path / 'talk.jsonl'}\n")
+    assert ended.code == 0 and "nothing was said yet" in ended.out and not (tmp_path / "talk.jsonl").exists()
