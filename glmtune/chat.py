@@ -8,8 +8,8 @@ Training, chat, prediction and the coloured preview all go through `Template`, s
 - user text cannot write a special token;
 - for the model's own format, the ids are those of its published chat template (`Template.differs` counts the rows where not).
 
-A template is a `Scaffold`: a function from turns to `Part`s. Two kinds exist: a `Form` (format strings), and a Jinja
-template cut into parts by rendering it once with sentinels in place of the texts.
+What a format writes is a function from turns to `Part`s. Two kinds exist: a `Form` (format strings), and a Jinja template
+(rendering.py) cut into parts by rendering it with sentinels in place of the texts, once for each shape of a conversation.
 """
 
 import contextlib

@@ -1,11 +1,11 @@
 """The command line. Light on purpose: each command imports what it needs. Exit codes: 0 done, 2 the user can mend it,
-1 our fault (with a traceback), 130 interrupted after saving."""
+1 our fault (with a traceback), 130 interrupted after saving, 141 nobody reads the output any more."""
 
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,6 +77,10 @@ def train(
 ) -> None:
     """Train a model. Ctrl-C saves and stops; --resume continues."""
     run = _run(settings)
+    if resume and settings and "=" not in settings[0] and not any(given.partition("=")[0] == "out" for given in settings):
+        from .runfolder import refuse_elsewhere
+
+        refuse_elsewhere(Path(settings[0]), run)
     from .screen import Terminal, print_report
     from .training import train as start
 
@@ -262,6 +266,15 @@ def chat(
     system: Annotated[
         str | None, typer.Option(help="System prompt; not given: the run's own, else the model's default.", show_default=False)
     ] = None,
+    meta: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=TEXT",
+            help="Another key of the system message, for formats that have one; CharacterGLM: bot_name, bot_info, user_name, user_info.",
+            show_default=False,
+        ),
+    ] = None,
+    history: Annotated[bool, typer.Option("--history/--no-history", help="Whether a question comes with those before it.")] = True,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
@@ -280,11 +293,14 @@ def chat(
     }  # fmt: skip
     sampling = {key: value for key, value in given.items() if value is not None}
     Sampling(**sampling)  # refuses bad values before the model loads
+    named = {name.strip(): text for name, _, text in (one.partition("=") for one in meta or ())}
+    if wrong := next((one for one in meta or () if not one.partition("=")[0].strip() or "=" not in one), None):
+        raise UserError(f"--meta {wrong}: wanted NAME=TEXT, like bot_name=Ada")
     from . import repl
     from .loaded import load
 
     loaded = load(model, device=device, adapter=adapter, quant=quant, say=_say)
-    talk = repl.Chat(loaded, sampling, system if system is not None else loaded.system)
+    talk = repl.Chat(loaded, sampling, system if system is not None else loaded.system, meta=named, history=history)
     if prompt is not None:
         talk.reply(prompt)
     else:
@@ -848,7 +864,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # `glmtune ... | head`
+    except SystemExit as end:  # typer and rich make 1 of a closed pipe, `glmtune ... | head`
+        if not isinstance(end.__context__, BrokenPipeError):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
@@ -864,4 +882,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _fail(message: str) -> None:
     red, plain = ("\033[1;31m", "\033[0m") if sys.stderr.isatty() else ("", "")
-    sys.stderr.write(f"{red}error:{plain} {visible(message)}\n")
+    with suppress(OSError):  # where nobody reads it, the exit code stays
+        sys.stderr.write(f"{red}error:{plain} {visible(message)}\n")

@@ -1,4 +1,4 @@
-"""Errors that the user can mend. The command line prints their message and exits with 2."""
+"""Errors that the user can mend, and what their messages are made of. The command line prints the message and exits with 2."""
 
 import difflib
 import reprlib

@@ -36,6 +36,8 @@ ADVICE = DISK | {
     errno.EEXIST: "it is there already; name another place",
 }
 
+UNKNOWN = "free some room there, raise the limit on the size of files (ulimit -f), or name a place on another disk"  # numpy keeps no number
+
 
 class DiskError(UserError, OSError):
     """What the disk refused, told for the user; `errno` and `filename` as in any OSError."""
@@ -55,7 +57,7 @@ def told(error: OSError, path: str | Path | None = None) -> str:
     what = os.strerror(code).lower() if code else str(error)
     if code in (errno.ENOSPC, errno.EDQUOT) and path is not None:
         what = f"no room left on the disk of {_disk(Path(path))}"
-    advice = ADVICE.get(code, "choose another path, or make this one usable")
+    advice = ADVICE.get(code, "choose another path, or make this one usable" if code else UNKNOWN)
     return f"{path}: {what}; {advice}" if path is not None else f"{what}; {advice}"
 
 
@@ -75,11 +77,11 @@ def naming(path: str | Path, *own: Path) -> Iterator[None]:
     path = Path(path)
     try:
         yield
-    except DiskError:
-        raise
     except OSError as error:
         named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
         inside = named is not None and any(named == one or one in named.parents for one in (path, *own))
+        if isinstance(error, DiskError) and (named == path or not inside):
+            raise
         if error.errno is not None and (error.errno in WRITING or named is None or inside):
             raise DiskError(path, error) from error
         raise

@@ -1,6 +1,7 @@
 """The layers that a prepared model is made of: they carry the precision rule, adapters, packed weights and seeded noise.
 
-`Linear` is the one linear layer of the package, the one place where a product with a stored weight happens. A product with a stored weight
+`Linear` is the one linear layer of the package: products with stored weights happen here, and on the fast path in fused.py, by the same
+rule. Such a product
 may run in 16 bits; everything it is added to is fp32, so that small updates are not rounded away (docs/architecture.md).
 """
 

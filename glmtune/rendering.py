@@ -476,6 +476,13 @@ def _reason(error: Exception) -> str:
     return said if len(said) <= 200 else said[:199] + "…"
 
 
+def keys_read(source: str) -> set[str]:
+    """Names that a template looks up in something: keys of messages among them."""
+    found = Environment().parse(source).find_all((nodes.Getattr, nodes.Getitem))
+    names = [node.attr if isinstance(node, nodes.Getattr) else getattr(node.arg, "value", None) for node in found]
+    return {name for name in names if isinstance(name, str)}
+
+
 def clock_texts(source: str, now: datetime.datetime) -> list[str]:
     """What the clock can write into the prompts of a template: a text for each format in it; [] where it reads no clock.
 

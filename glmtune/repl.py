@@ -10,6 +10,7 @@ from . import files
 from .errors import UserError, did_you_mean
 from .generate import NotFinite
 from .loaded import Loaded
+from .rendering import keys_read
 from .screen import console, is_interactive
 from .terminal import quiet, read_line
 
@@ -25,19 +26,34 @@ COMMANDS = {
 
 @dataclass
 class Chat:
-    """A conversation with a loaded model. Messages are OpenAI-style dicts without the system turn, which is kept apart."""
+    """A conversation with a loaded model. Messages are OpenAI-style dicts without the system turn, which is kept apart.
+
+    meta: other keys of the system turn (CharacterGLM's bot_name ...). history: whether a question is asked with what came before it.
+    """
 
     loaded: Loaded
     sampling: dict[str, Any]
     system: str | None = None
     messages: list[dict[str, Any]] = field(default_factory=list)
+    meta: dict[str, str] = field(default_factory=dict)
+    history: bool = True
+
+    def __post_init__(self) -> None:
+        known = keys_read(self.loaded.template.jinja) - {"role", "content"} if self.meta else set()
+        for name in self.meta:
+            if name not in known:
+                raise UserError(
+                    f"--meta {name}: this model's chat format reads no such key of a message{did_you_mean(name, known)}"
+                )
 
     def all_messages(self) -> list[dict[str, Any]]:
-        head = [{"role": "system", "content": self.system}] if self.system is not None else []
+        head = [{"role": "system", "content": self.system or "", **self.meta}] if self.system is not None or self.meta else []
         return [*head, *self.messages]
 
     def reply(self, text: str) -> None:
         """Asks, prints the answer as it is made, and keeps both. Ctrl-C keeps what was said so far."""
+        if not self.history:
+            self.messages.clear()
         self.messages.append({"role": "user", "content": text})
         made = ""
         try:
@@ -91,6 +107,8 @@ class Chat:
         path = Path(name).expanduser()
         if not name:
             console.print("/save needs a file name, like /save talk.jsonl")
+        elif not self.messages:
+            console.print("nothing was said yet, so there is nothing to save")
         elif not path.absolute().parent.is_dir():
             console.print(f"there is no folder {path.absolute().parent}", markup=False)
         else:

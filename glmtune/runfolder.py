@@ -110,6 +110,18 @@ def stored(out: Path, run: Run) -> Run | None:
     return found
 
 
+def refuse_elsewhere(file: Path, run: Run) -> None:
+    """Raises UserError where a run's own run.yaml is to be continued and its `out`, from here, is another folder: a new run, of whatever
+    model and data lie there, would begin."""
+    own = next((p for p in file.resolve().parents if (p / "run.yaml").is_file() and (p / "checkpoints").is_dir()), None)
+    out = Path(run.out).resolve()
+    if run.resolved is not None and own is not None and own != out:
+        raise UserError(
+            f"{file} belongs to the run in {own}, but its out={run.out} is {out} from here: call it from the folder where it was started, "
+            f"or say where it is now: out={own}"
+        )
+
+
 def header() -> str:
     return f"# Written by glmtune {__version__}: every option of this run. `glmtune train THIS --resume` continues it.\n"
 

@@ -4,6 +4,8 @@ import importlib.util
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -1177,3 +1179,76 @@ def test_rows_that_cannot_be_used_name_their_option(glmtune, tiny_model, rows, t
             )
     ended = glmtune("show", f"model={tiny_model}", f"data={rows}", f"{option}=nowhere.json")
     assert ended.code == 2 and option in ended.err and "'nowhere.json' is not there" in ended.err
+
+
+# --- chat's options ----------------------------------------------------------------------------------------------------------
+
+
+def test_without_history_every_question_stands_alone(glmtune, tiny_model, tmp_path):
+    saved = tmp_path / "talk.jsonl"
+    lines = f"Hi\nWho?\n/save {saved}\n/regen\n/save {saved}\n"
+    options = ("--temperature", "0", "--max-new-tokens", "4")
+    alone = glmtune("chat", tiny_model, "--prompt", "Who?", *options).out.splitlines()[0]
+    ended = glmtune("chat", tiny_model, "--no-history", *options, stdin=lines)
+    first, again = (json.loads(line)["messages"] for line in saved.read_text().splitlines())
+    assert [message["content"] for message in first] == ["Who?", alone] and first == again and ended.code == 0
+    glmtune("chat", tiny_model, *options, stdin=lines)
+    assert len(json.loads(saved.read_text().splitlines()[-1])["messages"]) == 4
+
+
+def test_keys_of_the_system_message_reach_the_prompt(glmtune, tmp_path):
+    from glmtune.families.chatglm import CHARACTERGLM
+
+    model = tiny.llama(tmp_path / "m", CHARACTERGLM.replace("[gMASK]sop", "[gMASK]<sop>"))
+    (tmp_path / "scene.jsonl").unlink(missing_ok=True)
+    meta = ("--meta", "bot_name=Ada", "--meta", "user_name=Bo", "--meta", "user_info=a=b", "--max-new-tokens", "2")
+    ended = glmtune("chat", model, *meta, stdin=f"Hi\n/save {tmp_path / 'scene.jsonl'}\n")
+    row = json.loads((tmp_path / "scene.jsonl").read_text())
+    assert ended.code == 0
+    assert row["messages"][0] == {"role": "system", "content": "", "bot_name": "Ada", "user_name": "Bo", "user_info": "a=b"}
+    template = families.open_template(model)
+    assert "[Bo]Hi\n[Ada]" in template.tokens.decode(template.prompt(row["messages"][:2]))
+    for wrong, said in (("bot_nam=x", "did you mean 'bot_name'"), ("bot_name", "wanted NAME=TEXT"), ("=x", "wanted NAME=TEXT")):
+        ended = glmtune("chat", model, "--meta", wrong, "--prompt", "hi")
+        assert ended.code == 2 and said in ended.err
+
+
+# --- what ends early ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments", [("options",), ("options", "--json"), ("--help",)]
+)  # rich's, Python's and typer's way to write
+def test_an_output_that_nobody_reads_any_more_is_no_defect(arguments):
+    read, write = os.pipe()
+    os.close(read)
+    ended = subprocess.run(command(*arguments), stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (141, "")
+
+
+def test_an_error_that_cannot_be_shown_ends_with_its_code():
+    with open("/dev/full", "wb", buffering=0) as full:
+        assert subprocess.run(command("data", "check", "nowhere.json"), stderr=full).returncode == 2
+
+
+def test_a_run_file_continues_its_own_run_only(glmtune, trained, tmp_path, monkeypatch):
+    """`out` is from where you are: called from another folder, a new run would begin, with the model and data that lie there."""
+    shutil.copytree(trained, tmp_path / "x/run")
+    file = tmp_path / "x/run/run.yaml"
+    file.write_text(re.sub(r"(?m)^out: .*", "out: run", file.read_text()))
+    (tmp_path / "y").mkdir()
+    monkeypatch.chdir(tmp_path / "y")
+    for given in ("../x/run/run.yaml", "../x/run/checkpoints/step-4/run.yaml"):
+        shutil.copy(file, given) if "step" in given else None
+        ended = glmtune("train", given, "--resume")
+        assert ended.code == 2 and f"belongs to the run in {file.parent}" in ended.err and f"out={file.parent}" in ended.err
+    assert not (tmp_path / "y/run").exists()
+    assert "finished already" in glmtune("train", "../x/run/run.yaml", "--resume", "out=../x/run").out
+    monkeypatch.chdir(tmp_path / "x")
+    assert "finished already" in glmtune("train", "run/run.yaml", "--resume").out
+
+
+def test_nothing_is_saved_before_something_was_said(glmtune, tiny_model, tmp_path):
+    ended = glmtune("chat", tiny_model, stdin=f"/save {tmp_path / 'talk.jsonl'}\n")
+    assert ended.code == 0 and "nothing was said yet" in ended.out and not (tmp_path / "talk.jsonl").exists()

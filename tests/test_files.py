@@ -93,6 +93,19 @@ def test_a_folder_is_whole_or_not_there(tmp_path, where):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_named_is_what_the_user_named_not_its_temporary_name(tmp_path):
+    with pytest.raises(DiskError, match=f"^{tmp_path / 'to'}: no room"), files.new_folder(tmp_path / "to") as work:
+        raise DiskError(work / "adapter_model.safetensors", OSError(errno.ENOSPC, "x"))
+    with pytest.raises(DiskError, match="^/elsewhere/log: no room"), files.new_folder(tmp_path / "to") as work:
+        raise DiskError("/elsewhere/log", OSError(errno.ENOSPC, "x"))
+
+
+def test_half_of_a_write_says_what_may_be_in_the_way(tmp_path):
+    """numpy.tofile tells neither the number of the error nor its name."""
+    said = files.told(OSError("22528 requested and 11584 written"), tmp_path / "m.gguf")
+    assert "m.gguf: 22528 requested" in said and "free some room" in said and "ulimit -f" in said
+
+
 def test_an_error_of_reading_is_not_taken_for_one_of_writing(tmp_path):
     with pytest.raises(FileNotFoundError) as error, files.new_folder(tmp_path / "to"):
         (tmp_path / "source").read_text()

@@ -91,6 +91,8 @@ def family_of(folder: Path) -> Family:
     given = {key: value for key, value in config.items() if value is not None}
     try:
         made = READERS.get(config.get("model_type", ""), lambda folder, config: None)(folder, given)
+    except UserError:  # a ValueError that names its file itself
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{folder / 'config.json'} cannot be understood ({error!r}); copy the file again") from None
     made = made or Family(NAMES.get(config.get("model_type", "")) or _class_name(folder, config), config, same_names, native=True)
