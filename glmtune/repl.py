@@ -107,10 +107,10 @@ class Chat:
         path = Path(name).expanduser()
         if not name:
             console.print("/save needs a file name, like /save talk.jsonl")
-        elif not self.messages:
-            console.print("nothing was said yet, so there is nothing to save")
         elif not path.absolute().parent.is_dir():
             console.print(f"there is no folder {path.absolute().parent}", markup=False)
+        elif not self.messages:
+            console.print("nothing was said yet, so there is nothing to save")
         else:
             files.append(path, json.dumps({"messages": self.all_messages()}, ensure_ascii=False) + "\n")
             console.print(f"(added to {path})", style="dim", markup=False)
